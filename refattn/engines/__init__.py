@@ -1,0 +1,1 @@
+"""Engines: each evaluates a Problem; none knows a variant or another engine."""
