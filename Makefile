@@ -1,0 +1,69 @@
+# `make` alone lists the targets. Everything lives in .venv; the first target asked for builds it.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INPUTS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help golden test bench docs lint wheel mintest peers new clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+golden: .venv/.ok  ## regenerate every committed golden case and compare it byte by byte
+	$(BIN)/refattn golden verify
+
+test: .venv/.ok  ## the whole test suite, on the CPU
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+bench: .venv/.ok  ## time the registry's variants, engine by engine; see bench/README.md
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-autosave --benchmark-sort=fullname \
+		--benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+
+docs: .venv/.docs  ## build docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+lint: .venv/.lint  ## style, types, spelling, the import stair, and no file above 400 lines
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/lint-imports
+	@git ls-files '*.py' | xargs wc -l | awk '$$2 != "total" && $$1 > 400 {print $$2 ": " $$1 " lines, 400 is the ceiling"; bad = 1} END {exit bad}'
+
+wheel: .venv/.ok  ## build the wheel, install it in a fresh environment, test it outside the tree
+	PYTHON="$(PYTHON)" bash tools/wheel.sh
+
+mintest: .venv/.ok  ## the test suite on the lower bounds of pyproject.toml
+	rm -rf build/mintest && $(PYTHON) -m venv build/mintest
+	$(BIN)/python tools/lower_bounds.py > build/mintest/lower.txt
+	build/mintest/bin/python -m pip install --quiet --disable-pip-version-check -r build/mintest/lower.txt -e .
+	build/mintest/bin/python -m pytest -n auto --dist loadfile
+
+peers: .venv/.peers  ## install the peer frameworks (large) and compare with them
+	$(BIN)/python -m pytest tests/peers
+
+new: .venv/.ok  ## make new VARIANT=name: a variant module and its test, from the templates
+	$(BIN)/python tools/new_variant.py "$(VARIANT)"
+
+clean:  ## remove everything that make has made
+	rm -rf .venv build dist docs/_build docs/variants .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks
+	find refattn tests bench docs tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.ok: $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "refattn needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PIP) -c constraints.txt -e ".[golden,test]"
+	@touch $@
+
+.venv/.docs: .venv/.ok
+	$(PIP) -c constraints.txt -e ".[docs]"
+	@touch $@
+
+.venv/.lint: .venv/.ok
+	$(PIP) -c constraints.txt -e ".[lint]"
+	@touch $@
+
+.venv/.peers: .venv/.ok
+	$(PIP) -c constraints.txt -e ".[peers]"
+	@touch $@
