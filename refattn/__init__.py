@@ -1,0 +1,27 @@
+"""refattn: exact attention, certified golden files, fast CPU kernels, no framework."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from refattn import errors
+from refattn.api import attention, evaluate, explain, vjp
+from refattn.registry import class_named, spec, variants
+
+if TYPE_CHECKING:
+    from refattn.variants.alibi import ALiBi as ALiBi
+    from refattn.variants.sdpa import SDPA as SDPA
+
+__all__ = ["ALiBi", "SDPA", "attention", "errors", "evaluate", "explain", "spec", "variants", "vjp"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:
+    """Spec classes by name, `validate` and `__version__`, each imported when first asked for."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("refattn")
+    found = class_named(name)
+    if found is None:
+        raise AttributeError(f"refattn has no {name!r}")
+    return found

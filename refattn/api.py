@@ -1,0 +1,256 @@
+"""The public functions: one attention call, and evaluate, vjp, explain for every variant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from refattn import layout as layouts
+from refattn import plan as plans
+from refattn import registry
+from refattn.arrays import from_numpy, to_numpy
+from refattn.dtypes import format_of, round_to
+from refattn.errors import ShapeError, SpecError, Unsupported
+from refattn.problem import Problem, check
+from refattn.spec import Outputs, Spec, describe
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: Any = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    rotary: Spec | None = None,
+    bias: Any = None,
+    mask: Any = None,
+    sink: Any = None,
+    segment_ids: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    q_lengths: Any = None,
+    kv_lengths: Any = None,
+    q_positions: Any = None,
+    k_positions: Any = None,
+    keep: tuple[Any, float] | None = None,
+    layout: str = "bhsd",
+    dtype: Any = None,
+    engine: str = "reference",
+) -> Any:
+    r"""Softmax attention, exact to the rounding of its dtype.
+
+        out = Σ_j softmax_j(softcap(scale q·k) + bias | visible, sink) v_j
+
+    Parameters
+    ----------
+    q, k, v : arrays (B,Hq,Lq,D), (B,Hkv,Lk,D), (B,Hkv,Lk,Dv)
+        In `layout` "bhsd"; "bshd" swaps heads and length; "thd" is packed, (T,H,D), with cu_seqlens. Query head h
+        reads key head h // (Hq / Hkv). NumPy, torch, JAX or anything with DLPack on the CPU.
+    causal : False, True, "top_left" or "bottom_right"
+        True only where Lq = Lk, for elsewhere the two alignments differ.
+    window : (left, right)
+        Keys to either side that are visible, inclusive; None is unbounded.
+    scale, softcap : float
+        Default scale D^-1/2; softcap c replaces a logit s by c tanh(s/c), before bias and mask.
+    rotary : Spec
+        A rotary term.
+    bias : array, Spec, or a sequence of Specs with at most one array
+        An array broadcastable to (B,Hq,Lq,Lk) is added to the logits, −∞ masks; a Spec such as `refattn.ALiBi()`
+        is a bias given by its formula.
+    mask : boolean array broadcastable to (B,Hq,Lq,Lk)
+        True may attend.
+    sink : (Hq,)
+        A logit per head that takes part in the softmax and has no value.
+    segment_ids : (B,L) integers, or a pair for queries and keys
+        Only equal segments see each other.
+    cu_seqlens_q, cu_seqlens_k : (B+1,) integers
+        Where each packed sequence begins; keys as queries where not given.
+    q_lengths, kv_lengths : (B,) integers
+        Lengths of padded sequences; what lies beyond is never read.
+    q_positions, k_positions : (B,L) integers
+        Where queries and keys stand, for causality, windows and biases by distance.
+    keep : (boolean mask, probability)
+        Dropout as given: weights where True are divided by the probability, others are 0.
+    dtype : result's dtype
+        Default: that of q.
+    engine : "reference", "certified" or "cpu"
+        No engine stands in for another.
+
+    Returns
+    -------
+    out (B,Hq,Lq,Dv) in the layout and array kind of q.
+
+    Raises
+    ------
+    ShapeError, DTypeError, SpecError, LayoutError
+        What was given, what was expected, and what to do.
+    Unsupported
+        The engine does not take this problem; the message says why.
+
+    Source: arXiv 1706.03762, equation 1.
+    """
+    if rotary is not None:
+        raise Unsupported("no rotary term exists in this version: rotate q and k before the call")
+    given = {"q": q, "k": k, "v": v, "mask": mask, "sink": sink, "q_lengths": q_lengths, "kv_lengths": kv_lengths}
+    given |= {"q_positions": q_positions, "k_positions": k_positions}
+    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    if len(pair) != 2:  # noqa: PLR2004
+        raise ShapeError(f"segment_ids is one array or a pair for queries and keys; given: a tuple of {len(pair)}")
+    given |= {"q_segment_ids": pair[0], "k_segment_ids": pair[1]}
+    terms, given["bias"] = _split_bias(bias)
+    probability = None
+    if keep is not None:
+        if not isinstance(keep, tuple) or len(keep) != 2:  # noqa: PLR2004
+            raise SpecError("keep is a pair (boolean mask, probability)")
+        given["keep"], probability = keep
+    arrays, q_at = layouts.inward(_numpy(given), layout, cu_seqlens_q, cu_seqlens_k)
+    options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "keep_probability": probability}
+    out = _run(registry.spec("sdpa", bias=terms, **options), arrays, engine, dtype, ("out",))["out"]
+    return from_numpy(np.ascontiguousarray(layouts.outward(out, layout, q_at)), q)
+
+
+def evaluate(
+    spec: Spec, inputs: Mapping[str, Any], *, engine: str = "reference", dtype: Any = None, want: Sequence[str] = ("out",)
+) -> Outputs:
+    """Outputs of a variant: `want` names them ("out", "lse", ...); arrays of the kind and dtype of the first input.
+
+    lse is natural, of the final logits, sink included: float64 for float64 input, else float32. The certified engine
+    adds `status`, a code per element. Raises as `attention`.
+    """
+    given = {name: a for name, a in inputs.items() if a is not None}
+    results = _run(spec, _numpy(given), engine, dtype, tuple(want))
+    like = next(iter(given.values()), None)
+    return Outputs({name: from_numpy(a, like) for name, a in results.items()}, results.status)
+
+
+def vjp(
+    spec: Spec,
+    inputs: Mapping[str, Any],
+    cotangents: Mapping[str, Any],
+    *,
+    outputs: Mapping[str, Any] | None = None,
+    wrt: Sequence[str] | None = None,
+    engine: str = "reference",
+    dtype: Any = None,
+) -> Outputs:
+    """Gradients d<name> of the real inputs (all, or those in `wrt`) for cotangents of outputs: {"out": dout, ...}.
+
+    `outputs` of an earlier `evaluate` (out and lse) spare an engine its forward pass. Raises as `attention`.
+    """
+    given = {name: a for name, a in inputs.items() if a is not None}
+    problem = build(spec, _numpy(given), dtype, ("out",))
+    shapes = {name: _shape(a.dims, problem) for name, a in problem.variant.outputs(problem.spec).items()}
+    weights = {name: to_numpy(c, f"d{name}") for name, c in cotangents.items()}
+    for name, c in weights.items():
+        if shapes.get(name) != c.shape:
+            raise ShapeError(f"cotangent of {name!r} has shape {c.shape}; expected one of {shapes}")
+    real = tuple(problem.real_inputs())
+    names = real if wrt is None else tuple(wrt)
+    if set(names) - set(real):
+        raise SpecError(f"wrt names {sorted(set(names) - set(real))}, but the real inputs given are {list(real)}")
+    saved = None if outputs is None else {name: to_numpy(a, name) for name, a in outputs.items()}
+    found = _engine(engine, problem).vjp(problem, weights, names, saved)
+    kept = _rounded(Outputs({f"d{n}": found[f"d{n}"] for n in names}, found.status), problem)
+    like = next(iter(given.values()), None)
+    status = {name: code for name, code in kept.status.items() if name in kept}
+    return Outputs({name: from_numpy(a, like) for name, a in kept.items()}, status)
+
+
+def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dict[str, Any]:
+    """What a problem of these sizes is: resolved spec, signature, engines (None, or why not), plan, operations, memory.
+
+    `sizes` are those of the signature: {"B": 1, "Hq": 8, "Hkv": 8, "Lq": 128, "Lk": 128, "D": 64, "Dv": 64}. The
+    arrays that the spec requires are assumed, optional ones not.
+    """
+    whole, module = registry.whole(spec)
+    signature = module.signature(whole)
+    missing = sorted({d for a in signature.values() if not a.optional for d in a.dims.split()} - set(sizes))
+    if missing:
+        raise ShapeError(f"sizes lacks {', '.join(missing)}; the signature is\n{describe(signature)}")
+    kinds = {"real": format_of(dtype).numpy, "int": np.int64, "bool": bool}
+    inputs = {n: np.zeros([sizes[d] for d in a.dims.split()], kinds[a.kind]) for n, a in signature.items() if not a.optional}
+    problem = build(whole, inputs, dtype, ("out",))
+    engines: dict[str, str | None] = {}
+    for name in registry.ENGINES:
+        try:
+            engines[name] = registry.engine(name).refuses(problem)
+        except ImportError as error:
+            engines[name] = str(error)
+        except Unsupported as error:
+            engines[name] = str(error)
+    flops, score_bytes = module.operations(problem.spec, sizes)
+    return {
+        "spec": problem.spec,
+        "signature": {name: str(a) for name, a in signature.items()},
+        "engines": engines,
+        "plan": plans.describe(problem.plan),
+        "operations": flops,
+        "input_bytes": sum(a.nbytes for a in inputs.values()),
+        "score_matrix_bytes": score_bytes,
+    }
+
+
+def build(spec: Spec, arrays: Mapping[str, Any], dtype: Any, want: tuple[str, ...]) -> Problem:
+    """A checked Problem: shapes against the signature, options against the sizes."""
+    if not isinstance(spec, Spec):
+        raise SpecError(f"spec is a Spec such as refattn.SDPA() or refattn.ALiBi(); given: {type(spec).__name__}")
+    whole, module = registry.whole(spec)
+    sizes = check(module.signature(whole), arrays)
+    resolved = module.resolve(whole, sizes)
+    module.validate(resolved, arrays)
+    offered = module.outputs(resolved)
+    unknown = sorted(set(want) - set(offered))
+    if unknown:
+        raise SpecError(f"want names {unknown[0]!r}; {resolved.variant} offers {', '.join(offered)}")
+    first = next(iter(module.signature(resolved)))
+    asked = format_of(arrays[first].dtype if dtype is None else dtype).numpy
+    return Problem(spec=resolved, variant=module, inputs=dict(arrays), sizes=sizes, dtype=np.dtype(asked), want=want)
+
+
+def _run(spec: Spec, arrays: Mapping[str, Any], engine: str, dtype: Any, want: tuple[str, ...]) -> Outputs:
+    problem = build(spec, arrays, dtype, want)
+    found = _engine(engine, problem).run(problem)
+    return _rounded(Outputs({n: found[n] for n in want}, {n: s for n, s in found.status.items() if n in want}), problem)
+
+
+def _engine(name: str, problem: Problem) -> Any:
+    engine = registry.engine(name)
+    reason = engine.refuses(problem)
+    if reason is not None:
+        raise Unsupported(f"engine {name!r} does not take this problem: {reason}")
+    return engine
+
+
+def _rounded(outputs: Outputs, problem: Problem) -> Outputs:
+    """Each output rounded once: to the problem's dtype, lse to float64 or float32."""
+    wide = np.dtype(np.float64 if problem.dtype == np.float64 else np.float32)
+    return Outputs(
+        {n: round_to(a, wide if n == "lse" else problem.dtype) for n, a in outputs.items()}, outputs.status
+    )
+
+
+def _numpy(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: to_numpy(a, name) for name, a in given.items() if a is not None}
+
+
+def _split_bias(bias: Any) -> tuple[tuple[Spec, ...], Any]:
+    """Term Specs and the one array of a bias argument."""
+    if bias is None:
+        return (), None
+    if isinstance(bias, Spec):
+        return (bias,), None
+    if not isinstance(bias, (tuple, list)) or not any(isinstance(b, Spec) for b in bias):
+        return (), bias
+    dense = [b for b in bias if not isinstance(b, Spec)]
+    if len(dense) > 1:
+        raise SpecError(f"bias takes term Specs and at most one array; given: {len(dense)} arrays")
+    return tuple(b for b in bias if isinstance(b, Spec)), dense[0] if dense else None
+
+
+def _shape(dims: str, problem: Problem) -> tuple[int, ...]:
+    return tuple(problem.sizes[d] for d in dims.split())

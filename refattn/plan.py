@@ -1,0 +1,184 @@
+"""Plans: the few computations that every variant lowers to, as frozen data, and their plain float64 meaning.
+
+`execute` is the specification of the kernels: one row at a time, over the keys that row sees and no others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Slope:
+    """Logits −slope_h |j − i| for positions i, j; `slopes` (H,)."""
+
+    slopes: Any
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Table:
+    """Logits values[h, (j − i) + offset] for positions i, j; `values` (H, n), −∞ for pairs that may not attend."""
+
+    values: Any
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dense:
+    """Logits values[b, h, i, j] for row i and column j; broadcastable to (B, Hq, Lq, Lk), −∞ for masked."""
+
+    values: Any
+
+
+Bias = Slope | Table | Dense
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Score:
+    r"""Masked softmax attention over explicit keys; head h reads key head h // (Hq / Hkv).
+
+        s_ij = softcap(scale q_i·k_j) + Σ bias_ij,   out_i = Σ_j keep_ij softmax_j(s_i, sink) v_j
+
+    Row i sees key j when: position(j) ≤ position(i) if causal; −left ≤ position(j) − position(i) ≤ right; both lie
+    inside their lengths; their segments are equal; the mask says so; no bias is −∞.
+
+    q (B,Hq,Lq,D); k (B,Hkv,Lk,D); v (B,Hkv,Lk,Dv); positions and segments pairs of (1 or B, Lq) and (1 or B, Lk)
+    integers; lengths a pair of (B,) integers; mask boolean, broadcastable to (B,Hq,Lq,Lk); sink (Hq,) a logit each;
+    keep (boolean broadcastable mask, probability): kept probabilities are divided by it after normalising.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    scale: float
+    positions: tuple[NDArray[np.int64], NDArray[np.int64]]
+    causal: bool = False
+    window: tuple[int | None, int | None] = (None, None)
+    softcap: float | None = None
+    bias: tuple[Bias, ...] = ()
+    mask: NDArray[np.bool_] | None = None
+    lengths: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    segments: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
+    sink: Any = None
+    keep: tuple[NDArray[np.bool_], float] | None = None
+
+
+Plan = Score
+
+_REAL_LEAVES = ("q", "k", "v", "sink")
+
+
+def leaves(plan: Score) -> dict[str, Any]:
+    """The real-valued arrays of a plan by name: q, k, v, sink, and bias.0, bias.1, ... in their order."""
+    found = {name: getattr(plan, name) for name in _REAL_LEAVES if getattr(plan, name) is not None}
+    return found | {f"bias.{n}": _values(bias) for n, bias in enumerate(plan.bias)}
+
+
+def map_leaves(plan: Score, change: Callable[[Any], Any]) -> Score:
+    """The same plan with every real-valued array replaced by change(array)."""
+    bias = tuple(replace(b, **{_field(b): change(_values(b))}) for b in plan.bias)
+    named = {name: change(getattr(plan, name)) for name in _REAL_LEAVES if getattr(plan, name) is not None}
+    return replace(plan, bias=bias, **named)
+
+
+def _field(bias: Bias) -> str:
+    return "slopes" if isinstance(bias, Slope) else "values"
+
+
+def _values(bias: Bias) -> Any:
+    return getattr(bias, _field(bias))
+
+
+def execute(plan: Score) -> dict[str, Floats]:
+    """Out (B,Hq,Lq,Dv) and lse (B,Hq,Lq) of a plan in float64, row by row."""
+    batch, heads, lq, _ = plan.q.shape
+    groups, _, dv = plan.v.shape[1:]
+    out, lse = np.zeros((batch, heads, lq, dv)), np.full((batch, heads, lq), -np.inf)
+    for b, h, i in np.ndindex(batch, heads, lq):
+        g = h // (heads // groups)
+        seen = np.flatnonzero(sees(plan, b, h, i))
+        s = plan.scale * (plan.k[b, g, seen] @ plan.q[b, h, i])
+        if plan.softcap is not None:
+            s = plan.softcap * np.tanh(s / plan.softcap)
+        for bias in plan.bias:
+            s = s + row_of(bias, plan, b, h, i)[seen]
+        sink = -np.inf if plan.sink is None else plan.sink[h]
+        lse[b, h, i] = np.logaddexp.reduce(s, initial=sink)
+        if seen.size:
+            weight = np.exp(s - lse[b, h, i]) / (1.0 if plan.keep is None else plan.keep[1])
+            if plan.keep is not None:
+                weight = weight * _entry(plan.keep[0], b, h, i, plan.k.shape[2])[seen]
+            out[b, h, i] = weight @ plan.v[b, g, seen]
+    return {"out": out, "lse": lse}
+
+
+def sees(plan: Score, b: int, h: int, i: int) -> NDArray[np.bool_]:
+    """Which of the Lk keys row i of head h in batch b may attend to."""
+    lk = plan.k.shape[2]
+    r = relative(plan, b, i)
+    live = np.ones(lk, bool)
+    if plan.causal:
+        live &= r <= 0
+    left, right = plan.window
+    if left is not None:
+        live &= r >= -left
+    if right is not None:
+        live &= r <= right
+    if plan.lengths is not None:
+        live &= (np.arange(lk) < plan.lengths[1][b]) & (i < plan.lengths[0][b])
+    if plan.segments is not None:
+        q_segment, k_segment = (a[b % a.shape[0]] for a in plan.segments)
+        live &= k_segment == q_segment[i]
+    if plan.mask is not None:
+        live &= _entry(plan.mask, b, h, i, lk)
+    for bias in plan.bias:
+        live &= ~np.isneginf(row_of(bias, plan, b, h, i))
+    return live
+
+
+def relative(plan: Score, b: int, i: int) -> NDArray[np.int64]:
+    """Positions of the keys minus the position of row i, (Lk,)."""
+    q_position, k_position = (a[b % a.shape[0]] for a in plan.positions)
+    distance: NDArray[np.int64] = k_position - q_position[i]
+    return distance
+
+
+def row_of(bias: Bias, plan: Score, b: int, h: int, i: int) -> Floats:
+    """A bias's logits for one row, (Lk,)."""
+    if isinstance(bias, Slope):
+        return np.asarray(-bias.slopes[h] * np.abs(relative(plan, b, i)))
+    if isinstance(bias, Table):
+        return np.asarray(bias.values[h][relative(plan, b, i) + bias.offset])
+    return _entry(bias.values, b, h, i, plan.k.shape[2])
+
+
+def _entry(array: NDArray[Any], b: int, h: int, i: int, lk: int) -> NDArray[Any]:
+    """Row (b, h, i) of an array broadcastable to (B, H, Lq, Lk)."""
+    full = array.reshape((1,) * (4 - array.ndim) + array.shape)
+    row = full[b % full.shape[0], h % full.shape[1], i % full.shape[2]]
+    return np.broadcast_to(row, (lk,))
+
+
+def describe(plan: Any) -> Mapping[str, Any]:
+    """Field names and the shapes or values they hold, for `explain`."""
+    shown = {}
+    for field in fields(plan):
+        value = getattr(plan, field.name)
+        if value is not None and value != ():
+            shown[field.name] = _show(value)
+    return shown
+
+
+def _show(value: Any) -> Any:
+    if is_dataclass(value):
+        return {type(value).__name__: {f.name: _show(getattr(value, f.name)) for f in fields(value)}}
+    if isinstance(value, tuple):
+        return tuple(_show(item) for item in value)
+    return tuple(value.shape) if hasattr(value, "shape") and value.shape else value

@@ -1,0 +1,157 @@
+"""A Problem: one variant's text with its inputs, checked, on the way to an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refattn.errors import DTypeError, ShapeError
+from refattn.plan import Plan
+from refattn.spec import Array, Outputs, Spec, describe
+from refattn.tape import Tape
+
+
+class Variant(Protocol):
+    """What a module in `refattn.variants` offers; the registry reads it, nothing subclasses it.
+
+    A module may also offer `outputs(spec)`, `restrict(spec, x, rows)` and `operations(spec, sizes)`.
+    """
+
+    def signature(self, spec: Any) -> dict[str, Array]: ...
+    def resolve(self, spec: Any, sizes: Mapping[str, int]) -> Spec: ...
+    def reference(self, spec: Any, x: Mapping[str, Any], state: Any = None) -> dict[str, Any]: ...
+    def lower(self, spec: Any, x: Mapping[str, Any], state: Any = None) -> Plan: ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """How a variant's text reaches an engine: `spec` resolved, `inputs` checked NumPy arrays in the caller's dtype."""
+
+    spec: Spec
+    variant: Any
+    inputs: Mapping[str, NDArray[Any]]
+    sizes: Mapping[str, int]
+    dtype: np.dtype[Any]
+    want: tuple[str, ...] = ("out",)
+
+    @property
+    def signature(self) -> dict[str, Array]:
+        """Arrays the spec takes."""
+        found: dict[str, Array] = self.variant.signature(self.spec)
+        return found
+
+    def real_inputs(self) -> dict[str, NDArray[Any]]:
+        """The inputs that have gradients."""
+        return {name: a for name, a in self.inputs.items() if self.signature[name].kind == "real"}
+
+    def lift(self, convert: Any) -> dict[str, Any]:
+        """Inputs with the real ones, as float64, passed through `convert`; integers and booleans as they are."""
+        real = self.real_inputs()
+        return {n: convert(a.astype(np.float64)) if n in real else a for n, a in self.inputs.items()}
+
+    def evaluate(self, convert: Any) -> dict[str, Any]:
+        """Outputs of the variant's text in the space that `convert` lifts float64 arrays into."""
+        outputs: dict[str, Any] = self.variant.reference(self.spec, self.lift(convert))
+        return outputs
+
+    def differentiate(
+        self, convert: Any, cotangents: Mapping[str, NDArray[Any]], wrt: Sequence[str]
+    ) -> dict[str, Any]:
+        """Outputs, and the gradients d<name> of the named inputs, from the same text on the tape."""
+        tape = Tape()
+        x = self.lift(convert)
+        leaves = {name: tape.variable(x[name]) for name in wrt}
+        outputs = self.variant.reference(self.spec, x | leaves)
+        pairs = [(outputs[name], convert(np.asarray(c, np.float64))) for name, c in cotangents.items()]
+        gradients = tape.gradients(pairs, list(leaves.values()))
+        values = {name: getattr(output, "value", output) for name, output in outputs.items()}
+        return values | {f"d{name}": g for name, g in zip(wrt, gradients, strict=True)}
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The lowered problem, in float64."""
+        plan: Plan = self.variant.lower(self.spec, self.lift(lambda a: a))
+        return plan
+
+
+class Engine(Protocol):
+    """What evaluates a Problem."""
+
+    name: str
+
+    def refuses(self, problem: Problem) -> str | None:
+        """One sentence why not, or None."""
+
+    def run(self, problem: Problem) -> Outputs:
+        """The outputs asked for, in float64 (certified: rounded to odd)."""
+
+    def vjp(
+        self, problem: Problem, cotangents: Mapping[str, NDArray[Any]], wrt: Sequence[str], outputs: Mapping[str, Any] | None
+    ) -> Outputs:
+        """The outputs and the gradients d<name> for cotangents of outputs; saved `outputs` spare a forward pass."""
+
+
+_KINDS = {"real": "fV", "int": "iu", "bool": "b"}
+
+
+def check(signature: Mapping[str, Array], inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+    """Sizes of the dimensions that the arrays agree on.
+
+    Raises
+    ------
+    ShapeError
+        An array is missing, unknown, of another rank, or disagrees in a size; lengths out of their range.
+    DTypeError
+        An array's kind is not the signature's.
+    """
+    shapes = ", ".join(f"{name} {tuple(a.shape)}" for name, a in inputs.items())
+
+    def wrong(what: str) -> str:
+        return f"{what}\ngiven: {shapes or 'nothing'}\nexpected:\n{describe(signature)}"
+
+    for name in inputs:
+        if name not in signature:
+            raise ShapeError(wrong(f"unknown array {name!r}"))
+    sizes: dict[str, int] = {}
+    for name, array in signature.items():
+        if name not in inputs:
+            if not array.optional:
+                raise ShapeError(wrong(f"missing array {name!r}"))
+            continue
+        given, dims = inputs[name], array.dims.split()
+        if not _is_kind(given.dtype, array.kind):
+            raise DTypeError(wrong(f"{name} is {given.dtype}, not {array.kind}"))
+        if array.broadcast:
+            continue
+        if given.ndim != len(dims):
+            raise ShapeError(wrong(f"{name} has {given.ndim} dimensions, not {len(dims)}"))
+        for dim, size in zip(dims, given.shape, strict=True):
+            if sizes.setdefault(dim, size) != size:
+                raise ShapeError(wrong(f"{name} has {dim}={size}, but an array before it has {dim}={sizes[dim]}"))
+    for name, given in inputs.items():
+        if signature[name].broadcast and not _broadcasts(given.shape, signature[name].dims.split(), sizes):
+            raise ShapeError(wrong(f"{name} {given.shape} does not broadcast to its dimensions"))
+        _check_domain(name, signature[name].domain, given, sizes)
+    return sizes
+
+
+def _is_kind(dtype: np.dtype[Any], kind: str) -> bool:
+    return dtype.kind in _KINDS[kind] if kind != "real" else dtype.kind == "f" or dtype.name.startswith(("bfloat", "float8"))
+
+
+def _broadcasts(shape: tuple[int, ...], dims: list[str], sizes: Mapping[str, int]) -> bool:
+    target = [sizes[d] for d in dims]
+    return len(shape) <= len(target) and all(
+        n in (1, full) for n, full in zip(shape[::-1], target[::-1], strict=False)
+    )
+
+
+def _check_domain(name: str, domain: str, given: NDArray[Any], sizes: Mapping[str, int]) -> None:
+    kind, _, dim = domain.partition(":")
+    if kind == "lengths" and given.size and (given.min() < 0 or given.max() > sizes[dim]):
+        raise ShapeError(f"{name} must lie between 0 and {dim} = {sizes[dim]}; given: {given.tolist()}")

@@ -1,0 +1,156 @@
+"""Finds variants, terms and engines by name, without importing those not asked for.
+
+A module of `refattn.variants` whose name has no leading underscore is a variant (it has `reference`) or a term (it has
+`term`). Third parties add theirs by the entry point group `refattn.variants`, each entry naming a module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any
+
+from refattn import spec as specs
+from refattn import variants as package
+from refattn.errors import EngineUnavailable, SpecError
+from refattn.spec import Spec
+
+ENGINES = ("reference", "certified", "cpu")
+
+
+@dataclass(frozen=True)
+class Info:
+    """What the registry knows of a variant or term."""
+
+    name: str
+    module: ModuleType
+
+    @property
+    def kind(self) -> str:
+        """Either "variant" or "term"."""
+        return "variant" if hasattr(self.module, "reference") else "term"
+
+    @property
+    def doc(self) -> str:
+        """The module's docstring: claim, formula, source, what it differs from."""
+        return self.module.__doc__ or ""
+
+    @property
+    def title(self) -> str:
+        """First sentence of the docstring."""
+        return self.doc.partition("\n\n")[0].replace("\n", " ").rstrip(".")
+
+    @property
+    def spec(self) -> type[Spec]:
+        """The Spec class."""
+        found = [
+            c
+            for c in vars(self.module).values()
+            if isinstance(c, type) and issubclass(c, Spec) and c.__module__ == self.module.__name__
+        ]
+        return found[0]
+
+    def cases(self) -> Iterator[Any]:
+        """Golden cases the module offers."""
+        yield from getattr(self.module, "cases", tuple)()
+
+
+@cache
+def _locations() -> dict[str, str]:
+    """Name to module path, of every variant and term that can be imported."""
+    own = {m.name: f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_"}
+    return own | {entry.name: entry.value for entry in entry_points(group="refattn.variants")}
+
+
+def names() -> list[str]:
+    """Names of all variants and terms, without importing any."""
+    return sorted(_locations())
+
+
+@cache
+def info(name: str) -> Info:
+    """The variant or term of that name.
+
+    Raises
+    ------
+    SpecError
+        For an unknown name; the message lists the known ones.
+    """
+    if name not in _locations():
+        raise SpecError(f"unknown variant {name!r}; there are: {', '.join(names())}")
+    return Info(name, importlib.import_module(_locations()[name]))
+
+
+def variants() -> dict[str, Info]:
+    """Every variant and term by name."""
+    return {name: info(name) for name in names()}
+
+
+def spec_class(name: str) -> type[Spec]:
+    """The Spec class of a variant or term."""
+    return info(name).spec
+
+
+def spec(name: str, **options: Any) -> Spec:
+    """The Spec of a variant by its registry name: `spec("alibi", slopes="geometric")`.
+
+    Raises
+    ------
+    SpecError
+        For an unknown name or option, or an option out of range.
+    """
+    kind = spec_class(name)
+    unknown = sorted(set(options) - set(kind.__dataclass_fields__))
+    if unknown:
+        raise SpecError(f"{name} has no option {unknown[0]!r}; its options are {', '.join(kind.__dataclass_fields__)}")
+    return kind(**options)
+
+
+def from_json(data: Any) -> Spec:
+    """Spec of a JSON object such as a manifest holds."""
+    return specs.from_json(data, spec_class)
+
+
+def class_named(attribute: str) -> type[Spec] | None:
+    """The Spec class that `refattn.<attribute>` names: a module's name without underscores, any case."""
+    wanted = attribute.replace("_", "").lower()
+    for name in names():
+        if name.replace("_", "") == wanted:
+            return spec_class(name)
+    return None
+
+
+def whole(given: Spec) -> tuple[Spec, Any]:
+    """A Spec that stands alone, and its module: a term means causal SDPA with that bias."""
+    module = importlib.import_module(type(given).__module__)
+    if hasattr(module, "reference"):
+        return given, module
+    sdpa = info("sdpa")
+    return sdpa.spec(causal=True, bias=(given,)), sdpa.module  # type: ignore[call-arg]
+
+
+def engine(name: str) -> Any:
+    """The engine's module.
+
+    Raises
+    ------
+    SpecError
+        For an unknown name.
+    EngineUnavailable
+        Where what it needs is not installed; the message names the extra.
+    """
+    if name not in ENGINES:
+        raise SpecError(f"unknown engine {name!r}; there are: {', '.join(ENGINES)}")
+    try:
+        return importlib.import_module(f"refattn.engines.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("refattn"):
+            raise
+        raise EngineUnavailable(
+            f"engine {name!r} needs {error.name}, which is not installed: pip install 'refattn[golden]'"
+        ) from None

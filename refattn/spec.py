@@ -1,0 +1,131 @@
+"""Specs, the arrays they take, and what comes back: plain frozen data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refattn.errors import SpecError
+
+_HEX_FLOAT = re.compile(r"-?0x[01]\.?[0-9a-f]*p[+-]\d+|-?inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What is computed: scalars, strings, tuples and nested term Specs; never an array, never what a shape tells.
+
+    A real number in a Spec is the dyadic number written; JSON holds it as a hexadecimal float.
+    """
+
+    @property
+    def variant(self) -> str:
+        """The registry's name: the module the class stands in."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able mapping; fields that hold None are left out."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"variant": self.variant} | {name: _encode(value) for name, value in given.items() if value is not None}
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Spec):
+        return value.to_json()
+    if isinstance(value, float):
+        return value.hex()
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    return value
+
+
+def from_json(data: Mapping[str, Any], find: Callable[[str], type[Spec]]) -> Spec:
+    """Spec from `Spec.to_json`'s mapping; `find` gives the class of a variant's name.
+
+    Raises
+    ------
+    SpecError
+        For a missing or unknown variant, or a field its Spec does not have.
+    """
+    if not isinstance(data, Mapping) or "variant" not in data:
+        raise SpecError(f"a spec is an object with the field 'variant'; given: {data!r}")
+    kind = find(data["variant"])
+    given = {name: _decode(value, find) for name, value in data.items() if name != "variant"}
+    known = [f.name for f in fields(kind)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise SpecError(f"unknown field {unknown[0]!r} of variant {data['variant']!r}; its fields are {', '.join(known)}")
+    return kind(**given)
+
+
+def _decode(value: Any, find: Callable[[str], type[Spec]]) -> Any:
+    if isinstance(value, Mapping):
+        return from_json(value, find)
+    if isinstance(value, list):
+        return tuple(_decode(item, find) for item in value)
+    if isinstance(value, str) and _HEX_FLOAT.fullmatch(value):
+        return float.fromhex(value)
+    return value
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of a signature: named dimensions, kind and role.
+
+    `domain` narrows the values: "any", "nonnegative", "positions" (any integers), "lengths:<dim>" (0 to that size),
+    "segments" (any integers). A `broadcast` array may lack leading dimensions or have size 1 in any.
+    """
+
+    dims: str
+    kind: Literal["real", "int", "bool"] = "real"
+    role: Literal["data", "learned", "choice"] = "data"
+    domain: str = "any"
+    optional: bool = False
+    broadcast: bool = False
+
+    def __str__(self) -> str:
+        notes = [self.kind] + ["optional"] * self.optional + ["broadcastable"] * self.broadcast
+        return f"({', '.join(self.dims.split())}) {' '.join(notes)}"
+
+
+def describe(signature: Mapping[str, Array]) -> str:
+    """The signature as one line a name, for error messages."""
+    return "\n".join(f"  {name} {array}" for name, array in signature.items())
+
+
+class Outputs(Mapping[str, Any]):
+    """What an evaluation returns: a read-only mapping whose entries are attributes too.
+
+    `status` maps a certified output's name to an array of codes (see `refattn.engines.certified`), else is empty.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any], status: Mapping[str, NDArray[np.uint8]] | None = None) -> None:
+        self._arrays = dict(arrays)
+        self.status = dict(status or {})
+
+    def __getitem__(self, name: str) -> Any:
+        """The array of that name."""
+        return self._arrays[name]
+
+    def __getattr__(self, name: str) -> Any:
+        """The array of that name."""
+        if name.startswith("_") or name not in self._arrays:
+            raise AttributeError(f"no output {name!r}; there are: {', '.join(self._arrays) or 'none'} (ask for it in want=)")
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order asked."""
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        """Count of arrays."""
+        return len(self._arrays)
+
+    def __repr__(self) -> str:
+        """Names, shapes and dtypes."""
+        parts = (f"{name}: {tuple(a.shape)} {a.dtype}" for name, a in self._arrays.items())
+        return f"Outputs({', '.join(parts)})"

@@ -1,0 +1,226 @@
+"""Reverse-mode differentiation over the vocabulary of `numeric`: gradients of a reference from its own text.
+
+A `Tape` is a space over another space (float64, balls, running bounds), so the same few rules give reference
+gradients and certified ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from refattn import numeric
+from refattn.numeric import Bools, Value
+
+Rule = Callable[[Any], Any]
+
+
+class Variable(Value):
+    """A value of the inner space, with the rules that carry its cotangent to its parents."""
+
+    __slots__ = ("cotangent", "parents", "space", "value")
+
+    def __init__(self, space: Tape, value: Any, parents: Sequence[tuple[Variable, Rule]]) -> None:
+        self.space, self.value, self.parents = space, value, parents
+        self.cotangent: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Shape of the value."""
+        return tuple(self.value.shape)
+
+
+class Tape:
+    """Records a computation over an inner space and runs it backwards."""
+
+    rank = 1
+
+    def __init__(self) -> None:
+        self.nodes: list[Variable] = []
+
+    def variable(self, value: Any) -> Variable:
+        """A leaf: an input whose gradient is asked."""
+        return self._node(value)
+
+    def gradients(self, pairs: Sequence[tuple[Any, Any]], leaves: Sequence[Variable]) -> list[Any]:
+        """Cotangents of the leaves for outputs and their cotangents; zeros where an output does not depend on a leaf."""
+        for node in self.nodes:
+            node.cotangent = None
+        for output, cotangent in pairs:
+            if isinstance(output, Variable):
+                output.cotangent = cotangent if output.cotangent is None else output.cotangent + cotangent
+        for node in reversed(self.nodes):
+            if node.cotangent is None:
+                continue
+            for parent, rule in node.parents:
+                share = rule(node.cotangent)
+                parent.cotangent = share if parent.cotangent is None else parent.cotangent + share
+            if node.parents:
+                node.cotangent = None
+        return [zeros_like(leaf.value) if leaf.cotangent is None else leaf.cotangent for leaf in leaves]
+
+    def _node(self, value: Any, *parents: tuple[Any, Rule]) -> Variable:
+        node = Variable(self, value, [(p, rule) for p, rule in parents if isinstance(p, Variable)])
+        self.nodes.append(node)
+        return node
+
+    def coerce(self, value: Any) -> Any:
+        """Values of the inner space are constants here; it checks them itself."""
+        return value
+
+    def real(self, value: Any) -> Any:
+        """A constant: lifted by the inner space of whatever has been recorded."""
+        return numeric.real(value, like=self.nodes[0].value)
+
+    def add(self, a: Any, b: Any) -> Any:
+        """d(a + b) = da + db."""
+        return self._node(_value(a) + _value(b), (a, lambda g: _fit(g, a)), (b, lambda g: _fit(g, b)))
+
+    def sub(self, a: Any, b: Any) -> Any:
+        """d(a − b) = da − db."""
+        return self._node(_value(a) - _value(b), (a, lambda g: _fit(g, a)), (b, lambda g: _fit(-g, b)))
+
+    def mul(self, a: Any, b: Any) -> Any:
+        """d(ab) = b da + a db."""
+        x, y = _value(a), _value(b)
+        return self._node(x * y, (a, lambda g: _fit(g * y, a)), (b, lambda g: _fit(g * x, b)))
+
+    def div(self, a: Any, b: Any) -> Any:
+        """d(a/b) = (da − (a/b) db) / b; the quotient is read back as it was stored."""
+        y = _value(b)
+        node = self._node(_value(a) / y, (a, lambda g: _fit(g / y, a)), (b, lambda g: _fit(-(g / y) * node.value, b)))
+        return node
+
+    def exp(self, x: Any) -> Any:
+        """d exp x = exp x dx."""
+        node = self._node(numeric.exp(x.value), (x, lambda g: g * node.value))
+        return node
+
+    def log(self, x: Any) -> Any:
+        """d log x = dx / x."""
+        return self._node(numeric.log(x.value), (x, lambda g: g / x.value))
+
+    def tanh(self, x: Any) -> Any:
+        """d tanh x = (1 − tanh² x) dx."""
+        node = self._node(numeric.tanh(x.value), (x, lambda g: g * (1 - node.value * node.value)))
+        return node
+
+    def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """The cotangent takes the old shape."""
+        return self._node(numeric.reshape(x.value, shape), (x, lambda g: numeric.reshape(g, x.shape)))
+
+    def transpose(self, x: Any, axes: Sequence[int]) -> Any:
+        """The cotangent's axes go back."""
+        back = [int(i) for i in np.argsort(axes)]
+        return self._node(numeric.transpose(x.value, axes), (x, lambda g: numeric.transpose(g, back)))
+
+    def broadcast(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """What was repeated is summed."""
+        return self._node(numeric.broadcast(x.value, shape), (x, lambda g: _fit(g, x)))
+
+    def index(self, x: Any, key: Any) -> Any:
+        """The cotangent goes back to the places read; the rest is 0. Basic indexing only, each place read once."""
+        where = np.full(x.shape, -1)
+        picked = np.arange(where.size).reshape(x.shape)[key]
+        where.reshape(-1)[picked.reshape(-1)] = np.arange(picked.size)
+        return self._node(x.value[key], (x, lambda g: _scatter(g, where)))
+
+    def take(self, x: Any, indices: Any, axis: int) -> Any:
+        """An entry read several times sums its cotangents."""
+        hits = (np.arange(x.shape[axis])[:, None] == np.asarray(indices).reshape(-1)).astype(np.int64)
+
+        def back(g: Any) -> Any:
+            order = [axis] + [i for i in range(x.ndim) if i != axis]
+            rest = tuple(x.shape[i] for i in order[1:])
+            flat = numeric.reshape(numeric.transpose(g, order), (hits.shape[1], int(np.prod(rest))))
+            summed = numeric.einsum("ni,id->nd", numeric.real(hits, g), flat)
+            return numeric.transpose(numeric.reshape(summed, (x.shape[axis], *rest)), np.argsort(order).tolist())
+
+        return self._node(numeric.take(x.value, indices, axis), (x, back))
+
+    def concatenate(self, parts: Sequence[Any], axis: int) -> Any:
+        """Each part gets its own stretch of the cotangent."""
+        edges = np.cumsum([0] + [p.shape[axis] for p in parts])
+        ahead = (slice(None),) * (axis % parts[0].ndim)
+
+        def stretch(n: int) -> Rule:
+            return lambda g: g[(*ahead, slice(int(edges[n]), int(edges[n + 1])))]
+
+        value = numeric.concatenate([_value(p) for p in parts], axis)
+        return self._node(value, *((p, stretch(n)) for n, p in enumerate(parts)))
+
+    def sum(self, x: Any, axis: Any, keepdims: bool) -> Any:
+        """The cotangent is repeated along what was summed."""
+        kept = [1 if i in np.arange(x.ndim)[np.atleast_1d(axis)] else n for i, n in enumerate(x.shape)]
+        return self._node(
+            numeric.total(x.value, axis, keepdims),
+            (x, lambda g: numeric.broadcast(numeric.reshape(g, tuple(kept)), x.shape)),
+        )
+
+    def einsum(self, letters: str, a: Any, b: Any) -> Any:
+        """Each operand's cotangent is the einsum of the result's with the other operand."""
+        operands, out = letters.split("->")
+        left, right = operands.split(",")
+        x, y = _value(a), _value(b)
+        return self._node(
+            numeric.einsum(letters, x, y),
+            (a, lambda g: numeric.einsum(f"{out},{right}->{left}", g, y)),
+            (b, lambda g: numeric.einsum(f"{left},{out}->{right}", x, g)),
+        )
+
+    def where(self, condition: Bools, a: Any, b: Any) -> Any:
+        """The cotangent goes where the entry came from."""
+        return self._node(
+            numeric.where(condition, _value(a), _value(b)),
+            (a, lambda g: _fit(numeric.where(condition, g, 0), a)),
+            (b, lambda g: _fit(numeric.where(condition, 0, g), b)),
+        )
+
+    def finite(self, x: Any) -> Bools:
+        """Of the value."""
+        return numeric.finite(x.value)
+
+    def minus_infinite(self, x: Any) -> Bools:
+        """Of the value."""
+        return numeric.minus_infinite(x.value)
+
+    def row_max(self, x: Any, live: Bools) -> Any:
+        """Detached."""
+        return numeric.row_max(x.value, live)
+
+    def stop(self, x: Any, _: bool) -> Any:
+        """The bare value: no path back."""
+        return x.value
+
+    def stored(self, x: Any, cotangent: bool) -> Any:
+        """The inner space may round the value in place, so that the backward pass reads what was stored."""
+        if cotangent:
+            return self._node(x.value, (x, lambda g: numeric.stored(g)))
+        x.value = numeric.stored(x.value)
+        return x
+
+
+def zeros_like(value: Any) -> Any:
+    """Zeros in the space and shape of a value."""
+    return numeric.real(np.zeros(value.shape), like=value)
+
+
+def _value(x: Any) -> Any:
+    return x.value if isinstance(x, Variable) else x
+
+
+def _fit(g: Any, operand: Any) -> Any:
+    """Sum a cotangent over the axes along which its operand was repeated."""
+    shape = operand.shape
+    if g.shape == shape:
+        return g
+    extra = len(g.shape) - len(shape)
+    axes = tuple(i for i, n in enumerate(g.shape) if i < extra or shape[i - extra] != n)
+    return numeric.reshape(numeric.total(g, axes), shape)
+
+
+def _scatter(g: Any, where: Any) -> Any:
+    flat = numeric.concatenate([numeric.reshape(g, (int(np.prod(g.shape)),)), numeric.real(np.zeros(1), like=g)], 0)
+    return numeric.reshape(numeric.take(flat, where.reshape(-1), 0), where.shape)

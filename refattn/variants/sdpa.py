@@ -1,0 +1,223 @@
+r"""Scaled dot-product attention with everything that masks it, biases it or shifts it.
+
+    s[h,i,j] = softcap(scale q[h,i]·k[g,j]) + bias[h,i,j],     softcap(s) = c tanh(s / c),     g = h // (Hq / Hkv)
+    p[h,i,j] = exp(s[h,i,j]) / (exp(sink[h]) + Σ_j' exp(s[h,i,j']))      over the pairs that are visible
+    out[h,i] = Σ_j keep p[h,i,j] v[g,j],     lse[h,i] = log(exp(sink[h]) + Σ_j exp(s[h,i,j]))
+
+q (B,Hq,Lq,D); k (B,Hkv,Lk,D); v (B,Hkv,Lk,Dv); out (B,Hq,Lq,Dv); lse (B,Hq,Lq), natural. The order of operations is
+fixed: scale, softcap, bias, mask, sink, softmax, keep-mask, values. A row that sees nothing gives 0 and lse −∞.
+
+Source: Vaswani et al., arXiv 1706.03762, equation 1; grouped heads: Ainslie et al., arXiv 2305.13245; softcap: Gemma 2,
+arXiv 2408.00118, section 2; sinks: gpt-oss, and Miller's softmax-off-by-one, which is a sink of logit 0.
+
+Differs from: torch's is_causal (top-left only); flash-attention's window_size (the same inclusive pair, −1 for None);
+transformers' sliding_window (a count of keys, self included: window = (n − 1, 0)); ONNX Attention, which scales q and
+k by √scale each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from refattn.dtypes import sqrt_reciprocal
+from refattn.errors import ShapeError, SpecError
+from refattn.numeric import einsum, finite, minus_infinite, real, reshape, softmax_attend, tanh, where
+from refattn.plan import Dense, Score
+from refattn.spec import Array, Spec
+from refattn.variants._place import lengths, place, visible
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDPA(Spec):
+    """Masked softmax attention.
+
+    causal: False; "top_left" (query i at key position i), "bottom_right" (at i + Lk − Lq), or True, allowed only
+    where the two agree. window: (left, right), both inclusive, None unbounded. scale: None is D^-1/2. softcap: the
+    cap c > 0. bias: term Specs such as ALiBi. keep_probability: by which kept weights are divided.
+    """
+
+    causal: bool | Literal["top_left", "bottom_right"] = False
+    window: tuple[int | None, int | None] | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    bias: tuple[Spec, ...] = ()
+    keep_probability: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bias, Spec):
+            object.__setattr__(self, "bias", (self.bias,))
+        if not isinstance(self.bias, tuple) or not all(isinstance(term, Spec) for term in self.bias):
+            raise SpecError(f"bias takes term Specs such as ALiBi(); an array goes to the input 'bias'; given: {self.bias!r}")
+        if self.causal not in (False, True, "top_left", "bottom_right"):
+            raise SpecError(f"causal is False, True, 'top_left' or 'bottom_right'; given: {self.causal!r}")
+        if self.window is not None:
+            _check_window(self.window)
+        for name in ("scale", "softcap", "keep_probability"):
+            _check_real(name, getattr(self, name))
+        if self.softcap is not None and self.softcap <= 0:
+            raise SpecError(f"softcap is a positive number or None; given: {self.softcap}")
+        if self.keep_probability is not None and not 0 < self.keep_probability <= 1:
+            raise SpecError(f"keep_probability lies in (0, 1]; given: {self.keep_probability}")
+
+
+def _check_window(window: Any) -> None:
+    if not isinstance(window, tuple) or len(window) != 2 or not all(w is None or type(w) is int for w in window):
+        raise SpecError(f"window is (left, right), integers or None, both ends inclusive; given: {window!r}")
+    if any(w is not None and w < 0 for w in window):
+        raise SpecError(f"window counts keys to the left and right, so neither may be negative; given: {window!r}")
+
+
+def _check_real(name: str, value: Any) -> None:
+    if value is not None and (type(value) not in (float, int) or not math.isfinite(value)):
+        raise SpecError(f"{name} is a finite Python number or None; given: {value!r}")
+
+
+def signature(spec: SDPA) -> dict[str, Array]:
+    """q, k, v and what the options add."""
+    arrays = {"q": Array("B Hq Lq D"), "k": Array("B Hkv Lk D"), "v": Array("B Hkv Lk Dv")}
+    pairs = "B Hq Lq Lk"
+    arrays |= {
+        "bias": Array(pairs, optional=True, broadcast=True),
+        "mask": Array(pairs, "bool", "choice", optional=True, broadcast=True),
+        "sink": Array("Hq", role="learned", optional=True),
+        "q_lengths": Array("B", "int", "choice", "lengths:Lq", optional=True),
+        "kv_lengths": Array("B", "int", "choice", "lengths:Lk", optional=True),
+        "q_positions": Array("B Lq", "int", "choice", "positions", optional=True, broadcast=True),
+        "k_positions": Array("B Lk", "int", "choice", "positions", optional=True, broadcast=True),
+        "q_segment_ids": Array("B Lq", "int", "choice", "segments", optional=True, broadcast=True),
+        "k_segment_ids": Array("B Lk", "int", "choice", "segments", optional=True, broadcast=True),
+    }
+    if spec.keep_probability is not None:
+        arrays["keep"] = Array(pairs, "bool", "choice", broadcast=True)
+    for term in spec.bias:
+        arrays |= _module(term).signature(term)
+    return arrays
+
+
+def outputs(spec: SDPA) -> dict[str, Array]:
+    """The mean of the values, and the natural logarithm of the softmax's denominator."""
+    return {"out": Array("B Hq Lq Dv"), "lse": Array("B Hq Lq")}
+
+
+def resolve(spec: SDPA, sizes: Mapping[str, int]) -> SDPA:
+    """Scale, slopes and causal alignment as definite values; what contradicts the sizes is refused."""
+    if not sizes["Hkv"] or sizes["Hq"] % sizes["Hkv"]:
+        raise ShapeError(f"Hq must be a multiple of Hkv; given: Hq={sizes['Hq']}, Hkv={sizes['Hkv']}")
+    causal = spec.causal
+    if causal is True:
+        if sizes["Lq"] != sizes["Lk"]:
+            raise SpecError(
+                f"causal=True is ambiguous where Lq={sizes['Lq']} differs from Lk={sizes['Lk']}: say causal='top_left' "
+                "(query i sees keys 0..i) or causal='bottom_right' (query i sees keys 0..i + Lk − Lq)"
+            )
+        causal = "bottom_right"
+    default = sqrt_reciprocal(sizes["D"]) if sizes["D"] else 1.0
+    terms = tuple(_module(term).resolve(term, sizes) for term in spec.bias)
+    softcap = None if spec.softcap is None else float(spec.softcap)
+    return replace(spec, causal=causal, scale=default if spec.scale is None else float(spec.scale), bias=terms, softcap=softcap)
+
+
+def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
+    """What only the arrays together tell."""
+    for one, other in (("q_segment_ids", "k_segment_ids"), ("k_segment_ids", "q_segment_ids")):
+        if one in x and other not in x:
+            raise ShapeError(f"{one} needs {other}: give both")
+    for name in ("bias", "sink"):
+        if name in x and np.isposinf(np.asarray(x[name], np.float64)).any():
+            raise ShapeError(f"{name} holds +∞, which no softmax can weigh; −∞ masks, a finite number biases")
+
+
+def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, Any]:
+    """The formula, in its fixed order."""
+    q, k, v = x["q"], x["k"], x["v"]
+    batch, heads, lq, width = q.shape
+    groups, lk = k.shape[1:3]
+    at = place(spec.causal, x)
+    live = visible(spec, x, at)
+
+    q_ok, k_ok = finite(q), finite(k)
+    q, k = where(q_ok, q, 0), where(k_ok, k, 0)
+    rows = reshape(q, (batch, groups, heads // groups, lq, width))
+    s = real(spec.scale, q) * reshape(einsum("bgrid,bgjd->bgrij", rows, k), (batch, heads, lq, lk))
+    if spec.softcap is not None:
+        cap = real(spec.softcap, s)
+        s = cap * tanh(s / cap)
+    for term in spec.bias:
+        logits, allowed = _module(term).term(term, x, at)
+        s = s + logits
+        live = live if allowed is None else live & allowed
+    if "bias" in x:
+        masked = minus_infinite(x["bias"])
+        s, live = s + where(masked, 0, x["bias"]), live & ~masked
+
+    spoiled = None
+    if not (q_ok.all() and k_ok.all()):
+        bad_k = np.repeat(~k_ok.all(-1), heads // groups, axis=1)
+        spoiled = ~q_ok.all(-1)[..., :, None] | bad_k[..., None, :]
+    keep = None
+    if spec.keep_probability is not None:
+        keep = real(x["keep"].astype(np.int64), s) / real(spec.keep_probability, s)
+    out, lse = softmax_attend(s, live, v, sink=x.get("sink"), keep=keep, spoiled=spoiled)
+    return {"out": out, "lse": lse}
+
+
+def lower(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> Score:
+    """The same problem as data: positions, bounds and biases instead of formulas."""
+    at = place(spec.causal, x)
+    bias = [b for term in spec.bias for b in _module(term).lower_term(term, x, at)]
+    if "bias" in x:
+        bias.append(Dense(values=x["bias"]))
+    return Score(
+        q=x["q"],
+        k=x["k"],
+        v=x["v"],
+        scale=spec.scale or 0.0,
+        positions=(at.i[:, 0, :, 0], at.j[:, 0, 0, :]),
+        causal=bool(spec.causal),
+        window=spec.window or (None, None),
+        softcap=spec.softcap,
+        bias=tuple(bias),
+        mask=x.get("mask"),
+        lengths=lengths(x),
+        segments=(np.atleast_2d(x["q_segment_ids"]), np.atleast_2d(x["k_segment_ids"])) if "q_segment_ids" in x else None,
+        sink=x.get("sink"),
+        keep=None if spec.keep_probability is None else (x["keep"], spec.keep_probability),
+    )
+
+
+def restrict(spec: SDPA, x: Mapping[str, Any], rows: tuple[int, ...]) -> dict[str, Any]:
+    """The same problem for some query rows only: each keeps the position it had."""
+    at, chosen = place(spec.causal, x), np.asarray(rows)
+    lq = x["q"].shape[2]
+    short = dict(x) | {"q_positions": at.i[:, 0, :, 0][:, chosen], "q": x["q"][:, :, chosen]}
+    if "q_segment_ids" in x:
+        short["q_segment_ids"] = np.atleast_2d(x["q_segment_ids"])[:, chosen]
+    for name in ("bias", "mask", "keep"):
+        if name in x and x[name].ndim > 1 and x[name].shape[-2] == lq:
+            short[name] = x[name][..., chosen, :]
+    ragged = lengths(x)
+    if ragged is not None:
+        inside = (chosen < ragged[0][:, None])[:, None, :, None]
+        short["mask"] = short.get("mask", np.ones((1, 1), bool)) & inside
+        short.pop("q_lengths", None)
+        short["kv_lengths"] = ragged[1]
+    return short
+
+
+def operations(spec: SDPA, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Floating-point operations of the two products, forward, and bytes of one float64 score matrix."""
+    pairs = sizes["B"] * sizes["Hq"] * sizes["Lq"] * sizes["Lk"]
+    return 2 * pairs * (sizes["D"] + sizes["Dv"]), 8 * pairs
+
+
+def _module(term: Spec) -> Any:
+    """The module a term's Spec stands in."""
+    import sys
+
+    return sys.modules[type(term).__module__]
+
