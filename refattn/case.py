@@ -38,7 +38,7 @@ class Recipe:
     heads      (head + 1) 2^exp2: the value names the head
     values     `values` as they stand, in C order
 
-    `period` repeats rows: row l holds what row l mod period would. `alternate` gives row l the value of row l // 2,
+    `shape` replaces the signature's where an array broadcasts. `period` repeats rows: row l holds what row l mod period would. `alternate` gives row l the value of row l // 2,
     negated where l is odd. Edits come last, in order.
     """
 
@@ -49,6 +49,7 @@ class Recipe:
     value: float = 0.0
     otherwise: float = float("-inf")
     values: tuple[float | int | bool, ...] = ()
+    shape: tuple[int, ...] | None = None
     period: int | None = None
     alternate: bool = False
     edits: tuple[Edit, ...] = ()
@@ -69,7 +70,8 @@ class Rows:
 class Case:
     """One golden problem: spec, sizes and recipes.
 
-    `inputs` names the arrays that are not NORMAL and the optional arrays that are present; `want` says which of out,
+    `inputs` names the arrays that are not NORMAL and the optional arrays that are present; `cotangents` the same for
+    dout and dlse; `want` says which of out,
     lse and vjp are published; `flags` name what the case exercises, `catches` the mistake it is there to catch.
     """
 
@@ -79,6 +81,7 @@ class Case:
     catches: str
     dtype: str = "float32"
     inputs: Mapping[str, Recipe] = field(default_factory=dict)
+    cotangents: Mapping[str, Recipe] = field(default_factory=dict)
     want: tuple[str, ...] = ("out", "lse", "vjp")
     flags: tuple[str, ...] = ()
     rows: Rows | None = None

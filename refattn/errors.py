@@ -44,3 +44,7 @@ class GoldenFormatError(RefattnError, ValueError):
 
 class GoldenMismatch(RefattnError, AssertionError):
     """A golden file differs from what it should hold."""
+
+
+class StorageError(RefattnError, OSError):
+    """A file cannot be written; what stood there before is untouched."""

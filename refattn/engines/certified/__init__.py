@@ -1,0 +1,117 @@
+"""The certified engine: every element the correctly rounded value, proved, or its status says that it is not.
+
+The reference's own text runs on balls with rising precision until each element's rounding is decided; then a second
+evaluation in another arithmetic, float64 with a running error bound, must agree with every value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flint import ctx
+from numpy.typing import NDArray
+
+from refattn.bound import FLOAT64, BoundSpace
+from refattn.engines.certified.balls import BALLS, Balls
+from refattn.engines.certified.rounding import ENCLOSED, EXACT, PROPAGATED, ROUNDED, STATUS, Rounded, better, round_balls
+from refattn.errors import RefattnError, Undecided
+from refattn.problem import Problem
+from refattn.spec import Outputs
+
+__all__ = ["BITS", "ENCLOSED", "EXACT", "PROPAGATED", "ROUNDED", "STATUS", "Certificate", "certify", "name", "refuses"]
+
+name = "certified"
+BITS = (128, 512, 4096)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """One output, certified.
+
+    value: float64 rounded to odd; rne: rounded to nearest even; status: a code of `STATUS` per element; width: how far
+    an enclosed value may lie from the exact one (0 elsewhere); centre, bound: the independent float64 evaluation and
+    its proved error.
+    """
+
+    value: NDArray[np.float64]
+    rne: NDArray[np.float64]
+    status: NDArray[np.uint8]
+    width: NDArray[np.float64]
+    centre: NDArray[np.float64]
+    bound: NDArray[np.float64]
+
+
+def certify(
+    problem: Problem, cotangents: Mapping[str, NDArray[Any]] | None = None, wrt: Sequence[str] = ()
+) -> dict[str, Certificate]:
+    """Certificates of every output and, for cotangents, of the gradients d<name>.
+
+    Raises
+    ------
+    RefattnError
+        If the float64 bound refutes a certified value: a defect in one of the two arithmetics, never an answer.
+    """
+    decided: dict[str, Rounded] = {}
+    for bits in BITS:
+        try:
+            found = _on_balls(problem, cotangents or {}, wrt, bits)
+        except Undecided:
+            continue
+        for name, balls in found.items():
+            decided[name] = better(decided.get(name), round_balls(balls, problem.dtype == np.float64))
+        if not any((part.status == ENCLOSED).any() for part in decided.values()):
+            break
+    if not decided:
+        raise Undecided(f"a decision in {problem.spec.variant} stays open at {BITS[-1]} bits")
+    with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
+        checks = problem.differentiate(BoundSpace(FLOAT64).real, cotangents or {}, wrt)
+    return {name: _checked(name, part, checks[name]) for name, part in decided.items()}
+
+
+def _on_balls(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str], bits: int) -> dict[str, Balls]:
+    before = ctx.prec
+    ctx.prec = bits
+    try:
+        return problem.differentiate(BALLS.real, cotangents, wrt)
+    finally:
+        ctx.prec = before
+
+
+def _checked(name: str, found: Rounded, check: Any) -> Certificate:
+    value, width = found.odd, found.width
+    with np.errstate(invalid="ignore"):
+        near = np.abs(value - check.x) <= check.e + np.spacing(np.abs(value)) + width
+    same = near | (value == check.x) | (np.isnan(value) & np.isnan(check.x))
+    if not same.all():
+        where = tuple(int(i[0]) for i in np.nonzero(~same))
+        raise RefattnError(
+            f"{name}{list(where)}: balls say {value[where]!r}, float64 says {check.x[where]!r} ± {check.e[where]!r}; "
+            "one of the two arithmetics is wrong, please report this"
+        )
+    return Certificate(value, found.nearest, found.status, width, check.x, check.e)
+
+
+def refuses(problem: Problem) -> str | None:
+    """Every reference runs on balls."""
+    return None
+
+
+def run(problem: Problem) -> Outputs:
+    """Correctly rounded outputs: to nearest for float64, else to odd, so that one more rounding is correct."""
+    return _outputs(problem, certify(problem))
+
+
+def vjp(
+    problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str], outputs: Mapping[str, Any] | None = None
+) -> Outputs:
+    """Correctly rounded outputs and gradients."""
+    return _outputs(problem, certify(problem, cotangents, wrt))
+
+
+def _outputs(problem: Problem, found: Mapping[str, Certificate]) -> Outputs:
+    wide = problem.dtype == np.float64
+    values = {name: c.rne if wide else c.value for name, c in found.items()}
+    return Outputs(values, {name: c.status for name, c in found.items()})

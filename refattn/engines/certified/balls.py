@@ -19,7 +19,8 @@ from refattn.errors import DTypeError
 from refattn.numeric import Bools, Value, contraction
 
 _exp, _log, _tanh, _lift = (np.frompyfunc(f, 1, 1) for f in (arb.exp, arb.log, arb.tanh, arb))
-_midpoint, _radius, _float, _is_finite = (np.frompyfunc(f, 1, 1) for f in (arb.mid, arb.rad, float, arb.is_finite))
+_midpoint, _radius, _float = (np.frompyfunc(f, 1, 1) for f in (arb.mid, arb.rad, float))
+_is_finite, _is_exact = (np.frompyfunc(f, 1, 1) for f in (arb.is_finite, arb.is_exact))
 
 
 class Balls(Value):
@@ -43,17 +44,19 @@ class Balls(Value):
     def enclosure(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """(t, d, r): the exact value lies within r of t + d, where t is the double nearest to the midpoint.
 
-        d is the rest of the midpoint as a double, r an upper bound of the radius and of the error of d.
+        r is 0 only where value and t + d are equal; elsewhere it is at least 2^-1074.
         """
-        mid = _midpoint(self._balls)
+        mid = _objects(_midpoint(self._balls))
         t = np.asarray(_float(mid), np.float64)
-        ok = np.isfinite(t)
-        rest = np.where(ok, mid, 0) - np.where(ok, _lift(np.where(ok, t, 0.0)), 0)
+        rest = _objects(np.where(np.isfinite(t), mid, arb(0)) - _lift(np.where(np.isfinite(t), t, 0.0)))
         d = np.asarray(_float(rest), np.float64)
+        exact = np.asarray(_is_exact(self._balls) & (rest == _lift(d)), bool)
         radius = np.asarray(_float(_radius(self._balls)), np.float64)
-        slack = np.where((radius == 0) & (rest == _lift(d)), 0.0, 2.0**-1074)
-        r = np.where(radius == 0, 0.0, radius * (1 + 2.0**-50)) + np.where(slack > 0, np.abs(d) * 2.0**-50 + slack, 0.0)
-        return t, d, r
+        return t, d, np.where(exact, 0.0, radius * (1 + 2.0**-50) + np.abs(d) * 2.0**-50 + 2.0**-1074)
+
+    def endpoints(self, where: Bools) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Lower and upper ends as (significand, exponent) of the bounded balls chosen."""
+        return [tuple((int(m), int(e)) for m, e in (x.lower().man_exp(), x.upper().man_exp())) for x in self._balls[where]]  # type: ignore[misc]
 
 
 class BallSpace:

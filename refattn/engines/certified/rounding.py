@@ -1,0 +1,72 @@
+"""Rounding balls to float64: to odd, so that one more rounding to any shorter format is correct, and to nearest.
+
+A double rounded to odd is the value itself if it is a double, else the neighbouring double with an odd significand.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refattn.dtypes import odd
+from refattn.engines.certified.balls import Balls
+
+Floats = NDArray[np.float64]
+
+ROUNDED, EXACT, ENCLOSED, PROPAGATED = 0, 1, 2, 3
+STATUS = ("correctly_rounded", "exact", "enclosed", "propagated")
+# Below this a radius may have no double worth the name; such elements go the slow way, by integers.
+_SMALL = 2.0**-900
+
+
+class Rounded(NamedTuple):
+    """`odd` and `nearest` roundings, a code of STATUS per element, and the width of what is only enclosed."""
+
+    odd: Floats
+    nearest: Floats
+    status: NDArray[np.uint8]
+    width: Floats
+
+
+def round_balls(balls: Balls, to_nearest: bool) -> Rounded:
+    """Decide every element that the balls settle; `to_nearest` asks that both roundings be settled."""
+    t, d, r = balls.enclosure()
+    exact = (d == 0) & (r == 0)
+    size = np.abs(np.where(np.isfinite(t), t, 1.0))
+    neighbour = np.nextafter(t, np.where(d > 0, np.inf, -np.inf))
+    with np.errstate(invalid="ignore"):
+        step = np.abs(neighbour - t)
+    reach = np.abs(d) + r
+    is_odd = (np.ascontiguousarray(t).view(np.int64) & 1).astype(bool)
+    decided = exact | (np.where(is_odd, True, np.abs(d) > r) & (reach < step))
+    if to_nearest:
+        decided &= (r == 0) | (reach < (size - np.nextafter(size, -np.inf)) / 2)
+    value = np.where(exact | is_odd, t, neighbour)
+    status = np.where(exact, EXACT, np.where(decided, ROUNDED, ENCLOSED)).astype(np.uint8)
+    status[np.isnan(t)] = PROPAGATED
+    slow = (status == ENCLOSED) & ((size < _SMALL) | np.isinf(t)) & np.isfinite(r)
+    if slow.any():
+        ends = [(odd(*low), odd(*high)) for low, high in balls.endpoints(slow)]
+        same = np.array([low == high for low, high in ends])
+        value[slow] = np.where(same, [low for low, _ in ends], t[slow])
+        status[slow] = np.where(same, ROUNDED, ENCLOSED)
+    open_ = status == ENCLOSED
+    value = np.where(open_, t, value) + 0.0
+    value[np.isnan(t)] = np.nan
+    width = np.where(open_, np.nextafter(reach, np.inf), 0.0)
+    return Rounded(value, t + 0.0, status, width)
+
+
+def better(old: Rounded | None, new: Rounded) -> Rounded:
+    """Elements already decided stay; the others take what more bits say."""
+    if old is None:
+        return new
+    still_open = old.status == ENCLOSED
+    return Rounded(*(np.where(still_open, b, a) for a, b in zip(old, new, strict=True)))
+
+
+def count(status: Any) -> dict[str, int]:
+    """Elements by the name of their status."""
+    return {name: int(np.sum(status == code)) for code, name in enumerate(STATUS)}

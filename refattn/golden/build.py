@@ -1,0 +1,161 @@
+"""One case from its recipes to certified tensors and manifest: the same bytes on every machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refattn import api
+from refattn.bound import PROFILES, Bounded, BoundSpace
+from refattn.case import NORMAL, Case, as_json
+from refattn.dtypes import format_of, round_up_bfloat16
+from refattn.engines import certified, reference
+from refattn.golden import inputs as recipes
+from refattn.golden.store import json_bytes, safetensors_bytes
+from refattn.problem import Problem
+
+SCHEMA = "refattn.golden/1"
+PROFILE_OF = {"float64": "float64", "float32": "float32", "bfloat16": "flash-bf16", "float16": "flash-f16"}
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What the run's report says of a case; none of it is stored."""
+
+    name: str
+    elements: int
+    status: Mapping[str, int]
+    distance: float
+    size: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Built:
+    """A case's two files and its tally."""
+
+    manifest: bytes
+    tensors: bytes
+    tally: Tally
+
+
+def build(case: Case) -> Built:
+    """Generate, certify and bound one case."""
+    start = time.perf_counter()
+    arrays, weights = recipes.inputs(case), recipes.cotangents(case)
+    problem = problem_of(case, arrays)
+    wrt = tuple(problem.real_inputs()) if weights else ()
+    found = certified.certify(problem, weights, wrt)
+    names = [n for n in found if n in case.want or n.startswith("d")]
+    limits = bounds(problem, weights, wrt, PROFILES[PROFILE_OF[case.dtype]])
+    plain = reference.vjp(problem, weights, wrt)
+
+    tensors: dict[str, NDArray[Any]] = {}
+    status: dict[str, Any] = {}
+    tally = {"elements": 0, "distance": 0.0}
+    counts = dict.fromkeys(certified.STATUS, 0)
+    for name in names:
+        certificate = certified.Certificate(*(rows_of(case, name, a) for a in vars(found[name]).values()))
+        tensors[name] = certificate.value
+        tensors[f"{name}.bound"] = round_up_bfloat16(rows_of(case, name, limits[name]))
+        if case.dtype == "float64":
+            tensors[f"{name}.nearest"] = certificate.rne
+        status[name] = _status(certificate)
+        tally["elements"] += certificate.value.size
+        tally["distance"] = max(tally["distance"], _distance(certificate, rows_of(case, name, plain[name])))
+        for code, label in enumerate(certified.STATUS):
+            counts[label] += int((certificate.status == code).sum())
+    manifest = json_bytes(_manifest(case, problem, arrays, weights, tensors, status))
+    packed = safetensors_bytes(tensors)
+    seconds = time.perf_counter() - start
+    size = len(manifest) + len(packed)
+    return Built(manifest, packed, Tally(case.name, int(tally["elements"]), counts, tally["distance"], size, seconds))
+
+
+def problem_of(case: Case, arrays: Mapping[str, NDArray[Any]]) -> Problem:
+    """The checked problem of a case, restricted to its published query rows."""
+    problem = api.build(case.spec, arrays, case.dtype, ("out",))
+    if case.rows is None:
+        return problem
+    short = problem.variant.restrict(problem.spec, problem.inputs, case.rows.q)
+    return replace(problem, inputs=short, sizes=dict(problem.sizes) | {"Lq": len(case.rows.q)})
+
+
+def rows_of(case: Case, name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """The published part of an output: the problem has the chosen query rows already, keys are picked here."""
+    return array[:, :, list(case.rows.k)] if case.rows is not None and name in ("dk", "dv") else array
+
+
+def bounds(problem: Problem, weights: Mapping[str, Any], wrt: tuple[str, ...], profile: Any) -> dict[str, Any]:
+    """Hard bound per element: the running bound of the variant's text under the profile, and one output rounding."""
+    space = BoundSpace(profile)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
+        found = problem.differentiate(space.real, weights, wrt)
+        return {name: _with_output_rounding(name, b, problem) for name, b in found.items()}
+
+
+def _with_output_rounding(name: str, b: Bounded, problem: Problem) -> NDArray[np.float64]:
+    wide = name == "lse" or name[1:] in recipes.FLOAT32_INPUTS
+    fmt = format_of("float32" if wide and problem.dtype != np.float64 else problem.dtype)
+    rounding = 0.0 if b.settled else 2.0**-fmt.precision * (np.abs(b.x) + b.e) + 2.0 ** (fmt.emin - fmt.precision)
+    total = np.where((b.e == 0) & (b.x == 0), 0.0, b.e + rounding)
+    return np.where(np.isfinite(b.x), total, 0.0)
+
+
+def _distance(certificate: certified.Certificate, plain: NDArray[np.float64]) -> float:
+    """Worst distance between the float64 reference and the certified value, in units of the float64 bound."""
+    ok = np.isfinite(certificate.value)
+    gap = np.abs(plain - certificate.value)[ok]
+    limit = (certificate.bound + np.spacing(np.abs(certificate.value)) + certificate.width)[ok]
+    return float((gap / limit).max(initial=0.0))
+
+
+def _status(certificate: certified.Certificate) -> dict[str, Any]:
+    """What is true of an output whatever the precision of the run."""
+    open_ = np.flatnonzero(certificate.status == certified.ENCLOSED)
+    entry: dict[str, Any] = {"status": "enclosed" if open_.size else "correctly_rounded"}
+    if open_.size:
+        entry["enclosed"] = open_.tolist()
+        entry["width"] = float(np.max(certificate.width)).hex()
+    return entry
+
+
+def _manifest(
+    case: Case, problem: Problem, arrays: Any, weights: Any, tensors: Mapping[str, Any], status: Mapping[str, Any]
+) -> dict[str, Any]:
+    def described(name: str, array: NDArray[Any], recipe: Any) -> dict[str, Any]:
+        return {
+            "shape": list(array.shape),
+            "dtype": array.dtype.name,
+            "recipe": as_json(recipe),
+            "sha256": recipes.sha256(array),
+        }
+
+    given = {n: described(n, a, case.inputs.get(n, NORMAL)) for n, a in arrays.items()}
+    duals = {n: described(n, a, case.cotangents.get(f"d{n}", NORMAL)) for n, a in weights.items()}
+    outputs = {
+        n: entry | {"shape": list(tensors[n].shape), "sha256": recipes.sha256(tensors[n])} for n, entry in status.items()
+    }
+    manifest = {
+        "schema": SCHEMA,
+        "id": case.name,
+        "flags": sorted(case.flags),
+        "catches": case.catches,
+        "spec": problem.spec.to_json(),
+        "sizes": dict(case.sizes),
+        "dtype": case.dtype,
+        "seed": case.seed,
+        "profile": PROFILE_OF[case.dtype],
+        "inputs": given,
+        "cotangents": duals,
+        "outputs": outputs,
+        "conventions": {"empty_row": "zero", "lse_base": "e", "overflow": "nonsaturate", "rounding": "odd"},
+    }
+    if case.rows is not None:
+        manifest["rows"] = {"q": list(case.rows.q), "k": list(case.rows.k)}
+    return manifest
