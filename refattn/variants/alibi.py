@@ -20,7 +20,7 @@ code, BLOOM and flash-attention (equal only without sink, softcap after it, or l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from refattn.case import Case
 from refattn.dtypes import nearest, root_of_two
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import real, reshape, where
@@ -124,6 +125,13 @@ def lower_term(spec: ALiBi, x: Mapping[str, Any], at: Place) -> tuple[Bias, ...]
         backward = np.arange(at.heads)[:, None] < at.heads // 2
         values = where(np.where(backward, ahead <= 0, ahead >= 0), values, real(-np.inf, values))
     return (Table(values=values, offset=-low),)
+
+
+def cases() -> Iterator[Case]:
+    """Golden cases of the biases."""
+    from refattn.variants._alibi_cases import cases as listed
+
+    return listed()
 
 
 def _slopes(spec: ALiBi, x: Mapping[str, Any]) -> tuple[Any, Any]:

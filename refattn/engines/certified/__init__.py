@@ -45,9 +45,12 @@ class Certificate:
 
 
 def certify(
-    problem: Problem, cotangents: Mapping[str, NDArray[Any]] | None = None, wrt: Sequence[str] = ()
+    problem: Problem,
+    cotangents: Mapping[str, NDArray[Any]] | None = None,
+    wrt: Sequence[str] = (),
+    bits: Sequence[int] = BITS,
 ) -> dict[str, Certificate]:
-    """Certificates of every output and, for cotangents, of the gradients d<name>.
+    """Certificates of every output and, for cotangents, of the gradients d<name>; `bits` are the precisions tried.
 
     Raises
     ------
@@ -55,9 +58,9 @@ def certify(
         If the float64 bound refutes a certified value: a defect in one of the two arithmetics, never an answer.
     """
     decided: dict[str, Rounded] = {}
-    for bits in BITS:
+    for precision in bits:
         try:
-            found = _on_balls(problem, cotangents or {}, wrt, bits)
+            found = _on_balls(problem, cotangents or {}, wrt, precision)
         except Undecided:
             continue
         for name, balls in found.items():
@@ -65,7 +68,7 @@ def certify(
         if not any((part.status == ENCLOSED).any() for part in decided.values()):
             break
     if not decided:
-        raise Undecided(f"a decision in {problem.spec.variant} stays open at {BITS[-1]} bits")
+        raise Undecided(f"a decision in {problem.spec.variant} stays open at {bits[-1]} bits")
     with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
         checks = problem.differentiate(BoundSpace(FLOAT64).real, cotangents or {}, wrt)
     return {name: _checked(name, part, checks[name]) for name, part in decided.items()}

@@ -1,0 +1,182 @@
+"""`refattn golden`: list, generate, verify, audit and compare golden files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from refattn.case import Case
+from refattn.errors import SpecError
+from refattn.golden import audit as auditing
+from refattn.golden import load, suite
+from refattn.golden.build import Tally
+from refattn.golden.generate import generate as generate_suite
+
+app = typer.Typer(no_args_is_help=True, help="Certified golden files.", pretty_exceptions_enable=False)
+console = Console()
+
+Pattern = Annotated[str, typer.Option("--cases", help="only cases whose name matches this pattern, such as 'alibi/*'")]
+Folder = Annotated[Path | None, typer.Option("--folder", help="the suite's folder; default: the committed one")]
+Jobs = Annotated[int | None, typer.Option("--jobs", help="processes; default: one a core", min=1)]
+
+
+@app.command("list")
+def list_(folder: Folder = None, cases: Pattern = "*") -> None:
+    """Name the committed cases: dtype, sizes, flags, and the mistake each is there to catch."""
+    table = Table(box=None)
+    for heading in ("case", "dtype", "Lq × Lk", "flags", "catches"):
+        table.add_column(heading, overflow="fold")
+    folder = folder or load.folder_of_suite()
+    chosen = [name for name in load.names(folder=folder) if fnmatch(name, cases)]
+    for name in chosen:
+        golden = load.load(name, folder)
+        lengths = f"{golden.sizes['Lq']} × {golden.sizes['Lk']}"
+        table.add_row(name, golden.dtype, lengths, " ".join(golden.flags), golden.catches)
+    console.print(table)
+    console.print(f"{len(chosen)} cases")
+
+
+@app.command()
+def verify(folder: Folder = None, cases: Pattern = "*", jobs: Jobs = None) -> None:
+    """Regenerate the cases, prove every number again, and compare each byte with the committed files."""
+    folder = folder or load.folder_of_suite()
+    todo = _chosen(cases)
+    tallies: list[Tally] = []
+    with _progress("verifying", len(todo)) as step:
+
+        def done(case: Case, built: Any) -> None:
+            tallies.append(built.tally)
+            step(case.name)
+
+        differences = suite.verify(folder, todo, jobs, done)
+    _print_tallies(tallies)
+    if differences:
+        for difference in differences:
+            console.print(f"  {difference.file} {difference.what}", style="red", markup=False)
+        console.print(f"{len(differences)} differences from the committed files", style="bold red")
+        raise typer.Exit(1)
+    console.print("identical to the committed files", style="bold green")
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Option("--folder", help="where to write the suite")] = Path("golden/v1"),
+    jobs: Jobs = None,
+) -> None:
+    """Generate and certify the whole suite; a run that was stopped goes on where it was."""
+    todo = suite.cases()
+    tallies: list[Tally] = []
+    with _progress("generating", len(todo)) as step:
+
+        def done(case: Case, built: Any) -> None:
+            if built is not None:
+                tallies.append(built.tally)
+            step(case.name)
+
+        generate_suite(folder, todo, jobs, done)
+    _print_tallies(tallies)
+    kept = len(todo) - len(tallies)
+    console.print(f"written to {folder}" + (f"; {kept} cases were finished by an earlier run" if kept else ""))
+
+
+@app.command()
+def audit(
+    folder: Folder = None,
+    cases: Pattern = "*",
+    bits: Annotated[int, typer.Option("--arb", help="bits of the balls that recompute every value", min=192)] = 1024,
+    jobs: Jobs = None,
+) -> None:
+    """Recompute committed values with far more bits than they were made with, and check each certificate."""
+    folder = folder or load.folder_of_suite()
+    chosen = [name for name in load.names(folder=folder) if fnmatch(name, cases)]
+    findings = []
+    with _progress("auditing", len(chosen)) as step:
+        for finding in auditing.audit_all(folder, chosen, bits, jobs):
+            findings.append(finding)
+            step(finding.name)
+    wrong = [f for f in findings if f.wrong]
+    for finding in wrong:
+        console.print(f"  {finding.name}: {'; '.join(finding.wrong)}", style="red", markup=False)
+    elements = sum(f.elements for f in findings)
+    console.print(f"{len(findings)} cases, {elements:,} values recomputed at {bits} bits, {len(wrong)} cases refuted")
+    if wrong:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="safetensors file with out, lse, dq, ... as your backend computed them")],
+    case: Annotated[str, typer.Option("--case", help="the case they answer; default: the file's name")] = "",
+    folder: Folder = None,
+) -> None:
+    """Compare a file of results, written by any language, with a case's certified values and bounds."""
+    from refattn.golden.store import read_bytes, read_safetensors
+    from refattn.oracle.compare import compare as compare_results
+
+    golden = load.load(case or file.stem.replace("__", "/"), folder)
+    comparisons = compare_results(golden, read_safetensors(read_bytes(file), str(file)))
+    for c in comparisons:
+        line = f"{c.name}: worst {c.worst_ulp:.3g} ulp, {c.worst_ratio:.3g} of the bound, {c.verdict}"
+        console.print(line, markup=False)
+    if not comparisons or any(c.verdict != "pass" for c in comparisons):
+        raise typer.Exit(1)
+
+
+def _chosen(pattern: str) -> list[Case]:
+    chosen = [case for case in suite.cases() if fnmatch(case.name, pattern)]
+    if not chosen:
+        raise SpecError(f"no case matches {pattern!r}; `refattn golden list` names them")
+    return chosen
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar with the time left; the step function is told what has just been done."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[last]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=total, last="")
+        yield lambda name: progress.update(task, advance=1, last=name)
+
+
+def _print_tallies(tallies: list[Tally]) -> None:
+    """Cases, elements, how each was certified, worst distance, bytes; one row a folder and a total."""
+    table = Table(box=None)
+    for heading in ("cases", "count", "elements", "rounded", "exact", "undecided", "propagated", "distance", "bytes"):
+        table.add_column(heading, justify="left" if heading == "cases" else "right")
+    groups = sorted({t.name.partition("/")[0] for t in tallies})
+    for group in groups:
+        _row(table, group, [t for t in tallies if t.name.startswith(f"{group}/")])
+    table.add_section()
+    _row(table, "total", tallies)
+    console.print(table)
+    seconds = sum(t.seconds for t in tallies)
+    console.print(
+        "rounded: correctly rounded, proved by balls; exact: the value is a double; undecided: enclosed, not certified;\n"
+        "propagated: NaN as the convention asks; distance: worst |float64 reference − certified| in units of its bound;\n"
+        f"{seconds:.1f} seconds of work"
+    )
+    for t in tallies:
+        if t.status["enclosed"]:
+            console.print(f"  undecided at 4096 bits: {t.name}, {t.status['enclosed']} elements", markup=False)
+
+
+def _row(table: Table, label: str, tallies: list[Tally]) -> None:
+    status = {name: sum(t.status[name] for t in tallies) for name in ("correctly_rounded", "exact", "enclosed", "propagated")}
+    worst = max((t.distance for t in tallies), default=0.0)
+    table.add_row(
+        label, str(len(tallies)), f"{sum(t.elements for t in tallies):,}", *(f"{n:,}" for n in status.values()),
+        f"{worst:.3f}", f"{sum(t.size for t in tallies):,}",
+    )  # fmt: skip
+
+
