@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help golden test bench docs lint wheel mintest peers new clean
+.PHONY: help golden test bench docs lint wheel mintest peers new clean sameness
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ mintest: .venv/.ok  ## the test suite on the lower bounds of pyproject.toml
 	$(BIN)/python tools/lower_bounds.py > build/mintest/lower.txt
 	build/mintest/bin/python -m pip install --quiet --disable-pip-version-check -r build/mintest/lower.txt -e .
 	build/mintest/bin/python -m pytest -n auto --dist loadfile
+
+sameness: .venv/.ok  ## regenerate golden cases under other BLAS kernels, threads and CPU features
+	$(BIN)/python tools/sameness.py
 
 peers: .venv/.peers  ## install the peer frameworks (large) and compare with them
 	$(BIN)/python -m pytest tests/peers
