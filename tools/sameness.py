@@ -16,20 +16,29 @@ from pathlib import Path
 import numpy as np
 
 # OpenBLAS chooses its kernel by this variable; elsewhere than on x86 it is ignored, and the runs repeat one another.
-KERNELS = ("Prescott", "Nehalem", "Haswell", "SkylakeX")
+# A kernel is tried only where the CPU has the instructions it needs.
+KERNELS = {"Prescott": "SSE3", "Nehalem": "SSE42", "Haswell": "AVX2", "SkylakeX": "AVX512F"}
+
+
+def features() -> dict[str, bool]:
+    """CPU features as NumPy found them."""
+    found: dict[str, bool] = np._core._multiarray_umath.__cpu_features__  # type: ignore[attr-defined]
+    return found
 
 
 def dispatched() -> list[str]:
     """CPU features that NumPy would use here and can be told not to."""
-    core = np._core._multiarray_umath  # type: ignore[attr-defined]
-    return [name for name in core.__cpu_dispatch__ if core.__cpu_features__.get(name)]
+    choices = np._core._multiarray_umath.__cpu_dispatch__  # type: ignore[attr-defined]
+    return [name for name in choices if features().get(name)]
 
 
 def configurations() -> list[tuple[str, dict[str, str]]]:
     """A cover of kernels, threads and NumPy's vector code: every kernel, both thread counts, both kinds of code."""
     plain = {"NPY_DISABLE_CPU_FEATURES": " ".join(dispatched())} if dispatched() else {}
     found = []
-    for n, kernel in enumerate(KERNELS):
+    for n, (kernel, needs) in enumerate(KERNELS.items()):
+        if not features().get(needs, False):
+            continue
         threads = str(1 + n % 2)
         chosen = {"OPENBLAS_CORETYPE": kernel, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
         vector = plain if n in (0, 3) else {}
