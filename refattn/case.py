@@ -38,8 +38,8 @@ class Recipe:
     heads      (head + 1) 2^exp2: the value names the head
     values     `values` as they stand, in C order
 
-    `shape` replaces the signature's where an array broadcasts. `period` repeats rows: row l holds what row l mod period would. `alternate` gives row l the value of row l // 2,
-    negated where l is odd. Edits come last, in order.
+    `shape` replaces the signature's where an array broadcasts. `period` repeats rows: row l holds what row l mod
+    period would. `alternate` gives row l the value of row l // 2, negated where l is odd. Edits come last, in order.
     """
 
     kind: Kind = "normal12"

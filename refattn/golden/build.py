@@ -70,7 +70,7 @@ def build(case: Case) -> Built:
         tally["distance"] = max(tally["distance"], _distance(certificate, rows_of(case, name, plain[name])))
         for code, label in enumerate(certified.STATUS):
             counts[label] += int((certificate.status == code).sum())
-    manifest = json_bytes(_manifest(case, problem, arrays, weights, tensors, status))
+    manifest = json_bytes(_manifest(case, problem, arrays=arrays, weights=weights, tensors=tensors, status=status))
     packed = safetensors_bytes(tensors)
     seconds = time.perf_counter() - start
     size = len(manifest) + len(packed)
@@ -126,7 +126,7 @@ def _status(certificate: certified.Certificate) -> dict[str, Any]:
 
 
 def _manifest(
-    case: Case, problem: Problem, arrays: Any, weights: Any, tensors: Mapping[str, Any], status: Mapping[str, Any]
+    case: Case, problem: Problem, *, arrays: Any, weights: Any, tensors: Mapping[str, Any], status: Mapping[str, Any]
 ) -> dict[str, Any]:
     def described(name: str, array: NDArray[Any], recipe: Any) -> dict[str, Any]:
         return {
@@ -139,7 +139,8 @@ def _manifest(
     given = {n: described(n, a, case.inputs.get(n, NORMAL)) for n, a in arrays.items()}
     duals = {n: described(n, a, case.cotangents.get(f"d{n}", NORMAL)) for n, a in weights.items()}
     outputs = {
-        n: entry | {"shape": list(tensors[n].shape), "sha256": recipes.sha256(tensors[n])} for n, entry in status.items()
+        n: entry | {"shape": list(tensors[n].shape), "sha256": recipes.sha256(tensors[n])}
+        for n, entry in status.items()
     }
     manifest = {
         "schema": SCHEMA,

@@ -29,9 +29,7 @@ def waiting_room(folder: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"refattn-golden-{target}-{fingerprint()}"
 
 
-def generate(
-    folder: Path, todo: list[Case], processes: int | None, done: Callable[[Case, Built | None], None]
-) -> None:
+def generate(folder: Path, todo: list[Case], processes: int | None, done: Callable[[Case, Built | None], None]) -> None:
     """Build every case and publish the suite; `done` is told of each, with None for one that an earlier run finished.
 
     Raises

@@ -15,7 +15,6 @@ from refattn.dtypes import Format, format_of, round_to, significand_bits
 from refattn.errors import SpecError
 from refattn.spec import Array
 
-_INTEGERS = np.int64
 # Arrays that stand for a score or a weight are handed to a backend in float32 whatever the case's storage type.
 FLOAT32_INPUTS = ("sink", "slopes", "slopes_right")
 
@@ -58,11 +57,11 @@ def array_of(case: Case, name: str, array: Array, recipe: Recipe) -> NDArray[Any
     """One array of a case from its recipe."""
     shape = recipe.shape or tuple(case.sizes[d] for d in array.dims.split())
     dtype = "float32" if name in FLOAT32_INPUTS else case.dtype
-    return materialise(recipe, shape, array.kind, dtype, case.seed, case.name, name)
+    return materialise(recipe, shape, array.kind, dtype, seed=case.seed, case=case.name, tensor=name)
 
 
 def materialise(
-    recipe: Recipe, shape: tuple[int, ...], kind: str, dtype: str, seed: int, case: str, tensor: str
+    recipe: Recipe, shape: tuple[int, ...], kind: str, dtype: str, *, seed: int, case: str, tensor: str
 ) -> NDArray[Any]:
     """The array of a recipe: dyadic numbers exact in `dtype`, or booleans, or integers."""
     fmt = format_of(dtype)
@@ -71,10 +70,9 @@ def materialise(
         values = np.where(_row_index(shape) % 2, -values, values)
     for edit in recipe.edits:
         _apply(values, edit)
-    if kind == "bool":
-        return values.astype(bool)
-    if kind == "int":
-        return values.astype(_INTEGERS)
+    if kind != "real":
+        plain: NDArray[Any] = values.astype({"bool": np.bool_, "int": np.int64}[kind])
+        return plain
     exact = round_to(values, fmt.numpy)
     kept = exact.astype(np.float64)
     if not np.array_equal(kept, values, equal_nan=True):
@@ -108,7 +106,7 @@ def _source(recipe: Recipe, shape: tuple[int, ...]) -> NDArray[np.int64]:
     return index + (source - row) * stride
 
 
-def _words(recipe: Recipe, shape: tuple[int, ...], names: tuple[int, str, str]) -> tuple[NDArray[np.uint32], ...]:
+def _words(recipe: Recipe, shape: tuple[int, ...], names: tuple[int, str, str]) -> Any:
     source = _source(recipe, shape)
     words = philox.words(*names, int(source.max(initial=-1)) + 1)
     return tuple(w[source] for w in words)
@@ -116,18 +114,18 @@ def _words(recipe: Recipe, shape: tuple[int, ...], names: tuple[int, str, str]) 
 
 def _normal12(recipe: Recipe, shape: Any, kind: str, fmt: Format, names: Any) -> NDArray[Any]:
     k = significand_bits(philox.normal12(_words(recipe, shape, names)), min(fmt.precision, 53))
-    return np.ldexp(k.astype(np.float64), recipe.exp2)
+    return np.asarray(np.ldexp(k.astype(np.float64), recipe.exp2))
 
 
 def _integers(recipe: Recipe, shape: Any, kind: str, fmt: Format, names: Any) -> NDArray[Any]:
     word = _words(recipe, shape, names)[3].astype(np.int64)
     k = word % (2 * recipe.limit + 1) - recipe.limit
-    return np.ldexp(significand_bits(k, min(fmt.precision, 53)).astype(np.float64), recipe.exp2)
+    return np.asarray(np.ldexp(significand_bits(k, min(fmt.precision, 53)).astype(np.float64), recipe.exp2))
 
 
 def _bernoulli(recipe: Recipe, shape: Any, kind: str, fmt: Format, names: Any) -> NDArray[Any]:
     hit = _words(recipe, shape, names)[3] < np.uint64(recipe.true << 24)
-    return hit if kind == "bool" else np.where(hit, 0.0, recipe.otherwise)
+    return np.asarray(hit if kind == "bool" else np.where(hit, 0.0, recipe.otherwise))
 
 
 def _constant(recipe: Recipe, shape: Any, kind: str, fmt: Format, names: Any) -> NDArray[Any]:

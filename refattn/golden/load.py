@@ -67,9 +67,18 @@ class Golden:
         duals = {f"d{n}": _recipe(entry["recipe"]) for n, entry in self.manifest["cotangents"].items()}
         want = ("out", "lse", "vjp") if duals else ("out", "lse")
         return Case(
-            name=self.name, spec=self.spec, sizes=dict(self.sizes), catches=self.catches, dtype=self.dtype,
-            inputs=given, cotangents=duals, want=want, flags=self.flags, rows=self.rows, seed=self.manifest["seed"],
-        )  # fmt: skip
+            name=self.name,
+            spec=self.spec,
+            sizes=dict(self.sizes),
+            catches=self.catches,
+            dtype=self.dtype,
+            inputs=given,
+            cotangents=duals,
+            want=want,
+            flags=self.flags,
+            rows=self.rows,
+            seed=self.manifest["seed"],
+        )
 
     def inputs(self) -> dict[str, NDArray[Any]]:
         """Input arrays by the signature's names, regenerated and checked against their hashes."""
@@ -150,20 +159,28 @@ def read_case(path: Path, entry: Mapping[str, str] | None = None) -> Golden:
         if name not in tensors or f"{name}.bound" not in tensors:
             raise GoldenFormatError(f"{tensor_path} lacks {name!r} or its bound; {REMEDY}")
         if list(tensors[name].shape) != output["shape"] or recipes.sha256(tensors[name]) != output["sha256"]:
-            raise GoldenFormatError(f"{tensor_path}: {name!r} is not what outputs.{name} of the manifest says; {REMEDY}")
+            raise GoldenFormatError(
+                f"{tensor_path}: {name!r} is not what outputs.{name} of the manifest says; {REMEDY}"
+            )
     try:
         spec = registry.from_json(manifest["spec"])
     except SpecError as error:
         raise GoldenFormatError(f"{path}, field spec: {error}") from None
     rows = manifest.get("rows")
     return Golden(
-        name=manifest["id"], spec=spec, sizes=manifest["sizes"], dtype=manifest["dtype"],
-        flags=tuple(manifest["flags"]), catches=manifest["catches"], profile=manifest["profile"],
+        name=manifest["id"],
+        spec=spec,
+        sizes=manifest["sizes"],
+        dtype=manifest["dtype"],
+        flags=tuple(manifest["flags"]),
+        catches=manifest["catches"],
+        profile=manifest["profile"],
         rows=None if rows is None else Rows(q=tuple(rows["q"]), k=tuple(rows["k"])),
         expected={n: tensors[n] for n in manifest["outputs"]},
         bound={n: tensors[f"{n}.bound"].astype(np.float64) for n in manifest["outputs"]},
-        status={n: output["status"] for n, output in manifest["outputs"].items()}, manifest=manifest,
-    )  # fmt: skip
+        status={n: output["status"] for n, output in manifest["outputs"].items()},
+        manifest=manifest,
+    )
 
 
 @cache
@@ -176,7 +193,9 @@ def _validate(data: Any, part: str, path: Path) -> None:
     if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
         given = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
         raise GoldenFormatError(f"{path} has schema {given!r}; this version reads {SCHEMA!r}: use a matching refattn")
-    error = next(iter(sorted(_validators()[part].iter_errors(data), key=lambda e: list(map(str, e.absolute_path)))), None)
+    error = next(
+        iter(sorted(_validators()[part].iter_errors(data), key=lambda e: list(map(str, e.absolute_path)))), None
+    )
     if error is not None:
         field = ".".join(str(p) for p in error.absolute_path) or "(top level)"
         raise GoldenFormatError(f"{path}, field {field}: {error.message}; {REMEDY}")

@@ -52,7 +52,7 @@ def read_safetensors(data: bytes, source: str) -> dict[str, NDArray[Any]]:
         The bytes are truncated, altered or no safetensors file.
     """
     try:
-        found = safetensors.deserialize(data)
+        found = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
         return {
             name: np.frombuffer(bytes(t["data"]), _DTYPES[t["dtype"]]).reshape(t["shape"]).copy() for name, t in found
         }
@@ -79,7 +79,7 @@ def _fold(text: str) -> str:
             while j < len(lines) and not lines[j].rstrip().endswith(("[", "{")) and lines[j].strip() not in ("]", "],"):
                 j += 1
             folded = lines[i] + " ".join(line.strip() for line in lines[i + 1 : j]) + lines[j].strip()
-            if lines[j].strip() in ("]", "],") and len(folded) <= 120:  # noqa: PLR2004
+            if lines[j].strip() in ("]", "],") and len(folded) <= 120:
                 out.append(folded)
                 i = j + 1
                 continue

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def cases() -> list[Case]:
         Two cases share a name.
     """
     found = sorted((case for info in registry.variants().values() for case in info.cases()), key=lambda c: c.name)
-    for one, other in zip(found, found[1:], strict=False):
+    for one, other in pairwise(found):
         if one.name == other.name:
             raise SpecError(f"two cases are called {one.name!r}: a name is a case's identity")
     return found
@@ -46,7 +47,7 @@ def build_all(todo: Iterable[Case], processes: int | None = None) -> Iterator[tu
     """Built cases as they are done, the longest started first."""
     ordered = sorted(todo, key=work, reverse=True)
     count = processes or os.cpu_count() or 1
-    if count == 1 or len(ordered) < 2:  # noqa: PLR2004
+    if count == 1 or len(ordered) < 2:
         yield from ((case, build(case)) for case in ordered)
         return
     # Fresh interpreters: a forked child of a process that runs threads may hang.
