@@ -17,6 +17,7 @@ from refattn.errors import GoldenFormatError, SpecError
 from refattn.golden.build import SCHEMA, Built, build
 from refattn.golden.load import INDEX, read_index
 from refattn.golden.store import json_bytes, write
+from refattn.philox import identifier
 
 SUITE = "core"
 
@@ -27,12 +28,17 @@ def cases() -> list[Case]:
     Raises
     ------
     SpecError
-        Two cases share a name.
+        Two cases share a name, or two names share a Philox identifier and so would share random words.
     """
     found = sorted((case for info in registry.variants().values() for case in info.cases()), key=lambda c: c.name)
     for one, other in pairwise(found):
         if one.name == other.name:
             raise SpecError(f"two cases are called {one.name!r}: a name is a case's identity")
+    owners: dict[int, str] = {}
+    for case in found:
+        other_name = owners.setdefault(identifier(case.name), case.name)
+        if other_name != case.name:
+            raise SpecError(f"{case.name!r} and {other_name!r} have the same Philox identifier: rename one")
     return found
 
 
