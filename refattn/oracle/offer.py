@@ -1,0 +1,134 @@
+"""What a case asks of a backend, in the names and forms that the backend declares."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refattn.dtypes import sqrt_reciprocal
+from refattn.errors import SpecError, Unsupported
+from refattn.golden import build
+from refattn.golden.load import Golden
+from refattn.plan import Bias, Dense, Score, Slope
+
+_PASSED_AS_THEY_ARE = ("mask", "sink", "q_lengths", "kv_lengths", "q_positions", "k_positions")
+
+
+@dataclass(frozen=True)
+class Declared:
+    """The parameters of a backend: names, or everything where it takes **options."""
+
+    names: frozenset[str]
+    everything: bool
+
+    def __contains__(self, name: object) -> bool:
+        return self.everything or name in self.names
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Keyword arguments, as NumPy arrays and plain numbers; `leaves` maps an argument to the input it is the whole of."""
+
+    arguments: Mapping[str, Any]
+    leaves: Mapping[str, str]
+
+
+def declared(fn: Callable[..., Any]) -> Declared:
+    """Read a backend's parameters from its signature.
+
+    Raises
+    ------
+    SpecError
+        fn cannot be called, has no signature that Python can read, or does not take q, k and v by name.
+    """
+    if not callable(fn):
+        raise SpecError(f"a backend is a function fn(q, k, v, **options); given: {type(fn).__name__}")
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (ValueError, TypeError):
+        raise SpecError(f"{fn!r} has no signature to read: wrap it in a function of q, k, v and its options") from None
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = frozenset(p.name for p in parameters if p.kind in by_name)
+    found = Declared(names, any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters))
+    lacking = [name for name in ("q", "k", "v") if name not in found]
+    if lacking:
+        takes = ", ".join(sorted(names)) or "nothing"
+        raise SpecError(f"a backend is called fn(q=, k=, v=, ...); it takes {takes}, not {', '.join(lacking)}")
+    return found
+
+
+def offer(golden: Golden, takes: Declared) -> Offer:
+    """The arguments of a case: q, k, v, and an option only where the case uses it.
+
+    A bias −m|i − j| goes to `alibi_slopes` (Hq,) where that is declared, every other bias to a dense `bias`.
+
+    Raises
+    ------
+    Unsupported
+        The case needs an option that the backend does not declare.
+    """
+    spec: Any = golden.spec
+    arrays = golden.inputs()
+    arguments: dict[str, Any] = {name: arrays[name] for name in ("q", "k", "v")}
+    leaves = {name: name for name in arguments}
+    for name in ("causal", "window", "softcap"):
+        if getattr(spec, name) not in (None, False, (None, None)):
+            arguments[name] = getattr(spec, name)
+    if spec.scale != sqrt_reciprocal(golden.sizes["D"]):
+        arguments["scale"] = spec.scale
+    arguments |= {name: arrays[name] for name in _PASSED_AS_THEY_ARE if name in arrays}
+    if "sink" in arrays:
+        leaves["sink"] = "sink"
+    if "q_segment_ids" in arrays:
+        arguments["segment_ids"] = (arrays["q_segment_ids"], arrays["k_segment_ids"])
+    if "keep" in arrays:
+        arguments["keep"] = (arrays["keep"], spec.keep_probability)
+    _offer_bias(golden, arrays, takes, arguments, leaves)
+    missing = [name for name in arguments if name not in takes]
+    if missing:
+        raise Unsupported(f"takes no {' and no '.join(missing)}")
+    return Offer(arguments, leaves)
+
+
+def _offer_bias(
+    golden: Golden, arrays: Mapping[str, Any], takes: Declared, arguments: dict[str, Any], leaves: dict[str, str]
+) -> None:
+    """ALiBi's slopes where the backend has a word for them; what remains, added up, as a dense bias."""
+    if not golden.spec.bias and "bias" not in arrays:  # type: ignore[attr-defined]
+        return
+    plan = build.api.build(golden.spec, arrays, golden.dtype, ("out",)).plan
+    rest = list(plan.bias)
+    by_index = not {"q_positions", "k_positions"} & set(arrays)
+    slopes = [b for b in rest if isinstance(b, Slope)]
+    if slopes and by_index and "alibi_slopes" in takes:
+        arguments["alibi_slopes"] = np.asarray(slopes[0].slopes, _wide(golden))
+        leaves["alibi_slopes"] = "slopes"
+        rest.remove(slopes[0])
+    if len(rest) == 1 and isinstance(rest[0], Dense):
+        arguments["bias"], leaves["bias"] = arrays["bias"], "bias"
+    elif rest:
+        total: Any = sum(dense(b, plan) for b in rest)
+        arguments["bias"] = total.astype(_wide(golden))
+
+
+def _wide(golden: Golden) -> Any:
+    return np.float64 if golden.dtype == "float64" else np.float32
+
+
+def dense(bias: Bias, plan: Score) -> NDArray[np.float64]:
+    """A bias as logits (1 or B, Hq, Lq, Lk), −∞ where a pair may not attend."""
+    if isinstance(bias, Dense):
+        full: NDArray[np.float64] = bias.values.reshape((1,) * (4 - bias.values.ndim) + bias.values.shape)
+        return full
+    q_position, k_position = plan.positions
+    ahead = (k_position[:, None, :] - q_position[:, :, None])[:, None]
+    if isinstance(bias, Slope):
+        slopes = np.asarray(bias.slopes).reshape(1, -1, 1, 1)
+        return np.asarray(-slopes * np.abs(ahead))
+    heads = np.arange(bias.values.shape[0]).reshape(1, -1, 1, 1)
+    return np.asarray(bias.values[heads, ahead + bias.offset])
