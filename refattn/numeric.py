@@ -73,7 +73,7 @@ class Contraction(NamedTuple):
 
 
 def contraction(letters: str, a: tuple[int, ...], b: tuple[int, ...]) -> Contraction:
-    """Plan `einsum(letters)` as (batch, m, k) @ (batch, k, n); a letter of one operand alone must stand in the output."""
+    """Plan `einsum(letters)` as (batch, m, k) @ (batch, k, n); a letter of one operand alone stands in the output."""
     operands, out = letters.split("->")
     left, right = operands.split(",")
     size = dict(zip(left, a, strict=True)) | dict(zip(right, b, strict=True))
@@ -117,7 +117,7 @@ class Float64:
 
     def minus_infinite(self, x: Any) -> Bools:
         """Of the real part."""
-        return np.isneginf(x.real)
+        return np.asarray(np.isneginf(x.real))
 
     def sum(self, x: Any, axis: Any, keepdims: bool) -> Any:
         """Sum over axes."""
@@ -224,6 +224,12 @@ def finite(x: Any) -> Bools:
     return found
 
 
+def clean(x: Any) -> Any:
+    """0 for what is no number, with the derivative of x all the same: what a clean slot there would receive."""
+    space = space_of(x)
+    return space.clean(x) if hasattr(space, "clean") else where(finite(x), x, 0)
+
+
 def minus_infinite(x: Any) -> Bools:
     """Which entries are −∞, the bias that means masked."""
     found: Bools = space_of(x).minus_infinite(x)
@@ -268,25 +274,29 @@ def softmax_attend(
     groups, dv = v.shape[1], v.shape[3]
     live = np.broadcast_to(live, s.shape)
     bad = live & ~finite(s) if spoiled is None else live & (spoiled | ~finite(s))
-    s = stored(where(live & ~bad, s, 0), cotangent=True)
+    s = stored(where(live, clean(s), 0), cotangent=True)
     columns = live
     if sink is not None:
         s = concatenate([s, broadcast(reshape(sink, (1, heads, 1, 1)), (batch, heads, lq, 1))], -1)
         columns = np.concatenate([live, np.ones((batch, heads, lq, 1), bool)], -1)
-    empty = ~columns.any(-1)
+    empty, keyless = ~columns.any(-1), ~live.any(-1, keepdims=True)
     m = row_max(s, columns)
     p = where(columns, exp(where(columns, s - m, 0)), 0)
     z = where(empty, 1, total(p, -1))
     lse = where(empty, real(-np.inf, s), reshape(m, z.shape) + log(z))
     w = p[..., :lk] if sink is not None else p
     w = stored(w if keep is None else w * keep)
-    v_ok = finite(v)
-    grouped = (batch, groups, heads // groups, lq)
-    mean = einsum("bgrij,bgjd->bgrid", reshape(w, (*grouped, lk)), where(v_ok, v, 0))
-    out = stored(reshape(mean, (batch, heads, lq, dv)) / reshape(z, (batch, heads, lq, 1)))
-    if bad.any() or not v_ok.all():
-        reach = live.reshape(*grouped, lk).astype(np.float64)
-        hit = (reach @ (~v_ok).astype(np.float64)[:, :, None] > 0).reshape(out.shape) | bad.any(-1, keepdims=True)
-        out = out * where(hit, real(np.nan, s), real(1, s))
+    if bad.any():
+        # On the weights of the live keys alone, so that forwards and backwards no other key hears of it.
+        w = w * where(live & bad.any(-1, keepdims=True), real(np.nan, s), real(1, s))
         lse = lse * where(bad.any(-1), real(np.nan, s), real(1, s))
+    grouped = (batch, groups, heads // groups, lq)
+    mean = einsum("bgrij,bgjd->bgrid", reshape(w, (*grouped, lk)), clean(v))
+    out = stored(where(keyless, 0, reshape(mean, (batch, heads, lq, dv)) / reshape(z, (batch, heads, lq, 1))))
+    v_ok = finite(v)
+    if not v_ok.all():
+        # A value that is no number spoils its row's weights backwards, never another value: dv is a weight.
+        reach = live.reshape(*grouped, lk).astype(np.float64)
+        hit = (reach @ (~v_ok).astype(np.float64)[:, :, None] > 0).reshape(out.shape)
+        out = out + total(w, -1, keepdims=True) * where(hit, real(np.nan, s), real(0, s))
     return out, lse

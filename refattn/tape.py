@@ -45,7 +45,7 @@ class Tape:
         return self._node(value)
 
     def gradients(self, pairs: Sequence[tuple[Any, Any]], leaves: Sequence[Variable]) -> list[Any]:
-        """Cotangents of the leaves for outputs and their cotangents; zeros where an output does not depend on a leaf."""
+        """Cotangents of the leaves for outputs and their cotangents; zeros where no output depends on a leaf."""
         for node in self.nodes:
             node.cotangent = None
         for output, cotangent in pairs:
@@ -182,6 +182,10 @@ class Tape:
         """Of the value."""
         return numeric.finite(x.value)
 
+    def clean(self, x: Any) -> Any:
+        """The cotangent passes: the slot's number has been replaced, not its place in the formula."""
+        return self._node(numeric.clean(x.value), (x, lambda g: g))
+
     def minus_infinite(self, x: Any) -> Bools:
         """Of the value."""
         return numeric.minus_infinite(x.value)
@@ -197,7 +201,7 @@ class Tape:
     def stored(self, x: Any, cotangent: bool) -> Any:
         """The inner space may round the value in place, so that the backward pass reads what was stored."""
         if cotangent:
-            return self._node(x.value, (x, lambda g: numeric.stored(g)))
+            return self._node(x.value, (x, numeric.stored))
         x.value = numeric.stored(x.value)
         return x
 

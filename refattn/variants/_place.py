@@ -28,8 +28,21 @@ def lengths(x: Mapping[str, Any]) -> tuple[Integers, Integers] | None:
     return np.asarray(x.get("q_lengths", full[0]), np.int64), np.asarray(x.get("kv_lengths", full[1]), np.int64)
 
 
+def per_sequence(given: Any, length: int) -> Integers:
+    """Integers broadcastable to (B, L) as (1 or B, L)."""
+    found = np.atleast_2d(np.asarray(given, np.int64))
+    return np.broadcast_to(found, (found.shape[0], length))
+
+
+def segments(x: Mapping[str, Any]) -> tuple[Integers, Integers] | None:
+    """Segment ids of queries and keys, (1 or B, Lq) and (1 or B, Lk), or None where there are none."""
+    if "q_segment_ids" not in x:
+        return None
+    return per_sequence(x["q_segment_ids"], x["q"].shape[2]), per_sequence(x["k_segment_ids"], x["k"].shape[2])
+
+
 def place(causal: Any, x: Mapping[str, Any]) -> Place:
-    """Query i stands at key position i + (Lk − Lq), lengths taken per sequence; at i if top-left; or where it is told."""
+    """Query i stands at key position i + (Lk − Lq), its sequence's lengths; at i if top-left; or where it is told."""
     lq, lk = x["q"].shape[2], x["k"].shape[2]
     ragged = lengths(x)
     offset = np.asarray([lk - lq]) if ragged is None else ragged[1] - ragged[0]
@@ -37,8 +50,8 @@ def place(causal: Any, x: Mapping[str, Any]) -> Place:
         offset = np.zeros(1, np.int64)
     i = np.arange(lq) + offset[:, None]
     if "q_positions" in x:
-        i = np.asarray(x["q_positions"], np.int64).reshape(-1, lq)
-    j = np.asarray(x.get("k_positions", np.arange(lk)), np.int64).reshape(-1, lk)
+        i = per_sequence(x["q_positions"], lq)
+    j = per_sequence(x.get("k_positions", np.arange(lk)), lk)
     return Place(i[:, None, :, None], j[:, None, None, :], x["q"].shape[1])
 
 
@@ -56,10 +69,11 @@ def visible(spec: Any, x: Mapping[str, Any], at: Place) -> NDArray[np.bool_]:
     ragged = lengths(x)
     if ragged is not None:
         q_index, k_index = np.arange(x["q"].shape[2]), np.arange(x["k"].shape[2])
-        live = live & (q_index < ragged[0][:, None])[:, None, :, None] & (k_index < ragged[1][:, None])[:, None, None, :]
-    if "q_segment_ids" in x:
-        q_segment, k_segment = np.atleast_2d(x["q_segment_ids"]), np.atleast_2d(x["k_segment_ids"])
-        live = live & (q_segment[:, None, :, None] == k_segment[:, None, None, :])
+        live = live & (q_index < ragged[0][:, None])[:, None, :, None]
+        live = live & (k_index < ragged[1][:, None])[:, None, None, :]
+    ids = segments(x)
+    if ids is not None:
+        live = live & (ids[0][:, None, :, None] == ids[1][:, None, None, :])
     if "mask" in x:
         live = live & x["mask"]
     return live

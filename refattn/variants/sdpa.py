@@ -26,10 +26,10 @@ import numpy as np
 
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
-from refattn.numeric import einsum, finite, minus_infinite, real, reshape, softmax_attend, tanh, where
+from refattn.numeric import clean, einsum, finite, minus_infinite, real, reshape, softmax_attend, tanh, where
 from refattn.plan import Dense, Score
 from refattn.spec import Array, Spec
-from refattn.variants._place import lengths, place, visible
+from refattn.variants._place import lengths, per_sequence, place, segments, visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class SDPA(Spec):
         if isinstance(self.bias, Spec):
             object.__setattr__(self, "bias", (self.bias,))
         if not isinstance(self.bias, tuple) or not all(isinstance(term, Spec) for term in self.bias):
-            raise SpecError(f"bias takes term Specs such as ALiBi(); an array goes to the input 'bias'; given: {self.bias!r}")
+            raise SpecError(f"bias takes Specs such as ALiBi(), the input 'bias' an array; given: {self.bias!r}")
         if self.causal not in (False, True, "top_left", "bottom_right"):
             raise SpecError(f"causal is False, True, 'top_left' or 'bottom_right'; given: {self.causal!r}")
         if self.window is not None:
@@ -117,9 +117,10 @@ def resolve(spec: SDPA, sizes: Mapping[str, int]) -> SDPA:
             )
         causal = "bottom_right"
     default = sqrt_reciprocal(sizes["D"]) if sizes["D"] else 1.0
+    scale = default if spec.scale is None else float(spec.scale)
     terms = tuple(_module(term).resolve(term, sizes) for term in spec.bias)
     softcap = None if spec.softcap is None else float(spec.softcap)
-    return replace(spec, causal=causal, scale=default if spec.scale is None else float(spec.scale), bias=terms, softcap=softcap)
+    return replace(spec, causal=causal, scale=scale, bias=terms, softcap=softcap)
 
 
 def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
@@ -141,9 +142,9 @@ def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, 
     live = visible(spec, x, at)
 
     q_ok, k_ok = finite(q), finite(k)
-    q, k = where(q_ok, q, 0), where(k_ok, k, 0)
-    rows = reshape(q, (batch, groups, heads // groups, lq, width))
-    s = real(spec.scale, q) * reshape(einsum("bgrid,bgjd->bgrij", rows, k), (batch, heads, lq, lk))
+    rows = reshape(clean(q), (batch, groups, heads // groups, lq, width))
+    s = real(spec.scale, q) * reshape(einsum("bgrid,bgjd->bgrij", rows, clean(k)), (batch, heads, lq, lk))
+    s_ok, s = finite(s), clean(s)
     if spec.softcap is not None:
         cap = real(spec.softcap, s)
         s = cap * tanh(s / cap)
@@ -155,10 +156,10 @@ def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, 
         masked = minus_infinite(x["bias"])
         s, live = s + where(masked, 0, x["bias"]), live & ~masked
 
-    spoiled = None
+    spoiled = ~s_ok
     if not (q_ok.all() and k_ok.all()):
         bad_k = np.repeat(~k_ok.all(-1), heads // groups, axis=1)
-        spoiled = ~q_ok.all(-1)[..., :, None] | bad_k[..., None, :]
+        spoiled = spoiled | ~q_ok.all(-1)[..., :, None] | bad_k[..., None, :]
     keep = None
     if spec.keep_probability is not None:
         keep = real(x["keep"].astype(np.int64), s) / real(spec.keep_probability, s)
@@ -184,7 +185,7 @@ def lower(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> Score:
         bias=tuple(bias),
         mask=x.get("mask"),
         lengths=lengths(x),
-        segments=(np.atleast_2d(x["q_segment_ids"]), np.atleast_2d(x["k_segment_ids"])) if "q_segment_ids" in x else None,
+        segments=segments(x),
         sink=x.get("sink"),
         keep=None if spec.keep_probability is None else (x["keep"], spec.keep_probability),
     )
@@ -196,7 +197,7 @@ def restrict(spec: SDPA, x: Mapping[str, Any], rows: tuple[int, ...]) -> dict[st
     lq = x["q"].shape[2]
     short = dict(x) | {"q_positions": at.i[:, 0, :, 0][:, chosen], "q": x["q"][:, :, chosen]}
     if "q_segment_ids" in x:
-        short["q_segment_ids"] = np.atleast_2d(x["q_segment_ids"])[:, chosen]
+        short["q_segment_ids"] = per_sequence(x["q_segment_ids"], lq)[:, chosen]
     for name in ("bias", "mask", "keep"):
         if name in x and x[name].ndim > 1 and x[name].shape[-2] == lq:
             short[name] = x[name][..., chosen, :]

@@ -1,0 +1,37 @@
+"""Comparisons and inputs that several test files use."""
+
+import numpy as np
+
+import refattn as ra
+
+
+def near(found, expected, relative=1e-12):
+    """Both are infinite, zero or NaN alike, else they differ by the rounding of some hundred operations at most."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    size = np.abs(expected[np.isfinite(expected)]).max(initial=0.0)
+    np.testing.assert_allclose(found, expected, rtol=relative, atol=relative * size, strict=True)
+
+
+def same(found, expected):
+    """The same bits, NaN included."""
+    np.testing.assert_array_equal(found, expected, strict=True)
+
+
+def qkv(rng, sizes, dtype=np.float64):
+    """Arrays q, k, v, dout and dlse of the sizes (B, Hq, Hkv, Lq, Lk, D, Dv)."""
+    batch, heads, groups, lq, lk, width, dv = sizes
+    shapes = {
+        "q": (batch, heads, lq, width),
+        "k": (batch, groups, lk, width),
+        "v": (batch, groups, lk, dv),
+        "dout": (batch, heads, lq, dv),
+        "dlse": (batch, heads, lq),
+    }
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def forward_and_gradients(spec, inputs, dout, dlse=None, engine="reference"):
+    """One dictionary of out, lse and the gradients of every real input."""
+    weights = {"out": dout} if dlse is None else {"out": dout, "lse": dlse}
+    outputs = ra.evaluate(spec, inputs, want=("out", "lse"), engine=engine)
+    return dict(outputs) | dict(ra.vjp(spec, inputs, weights, engine=engine))
