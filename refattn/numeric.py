@@ -292,7 +292,8 @@ def softmax_attend(
         lse = lse * where(bad.any(-1), real(np.nan, s), real(1, s))
     grouped = (batch, groups, heads // groups, lq)
     mean = einsum("bgrij,bgjd->bgrid", reshape(w, (*grouped, lk)), clean(v))
-    out = stored(where(keyless, 0, reshape(mean, (batch, heads, lq, dv)) / reshape(z, (batch, heads, lq, 1))))
+    mean, size = reshape(mean, (batch, heads, lq, dv)), reshape(z, (batch, heads, lq, 1))
+    out = stored(where(keyless, 0, mean) / where(keyless, 1, size))
     v_ok = finite(v)
     if not v_ok.all():
         # A value that is no number spoils its row's weights backwards, never another value: dv is a weight.

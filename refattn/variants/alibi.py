@@ -64,7 +64,7 @@ class ALiBi(Spec):
 def _check_numbers(name: str, slopes: Any) -> None:
     numbers = isinstance(slopes, tuple) and all(type(m) in (float, int) and math.isfinite(m) for m in slopes)
     if not numbers:
-        raise SpecError(f"{name}: 'interleaved', 'geometric', 'learned' or a tuple of finite numbers; given: {slopes!r}")
+        raise SpecError(f"{name}: 'interleaved', 'geometric', 'learned' or a tuple of numbers; given: {slopes!r}")
 
 
 def signature(spec: ALiBi) -> dict[str, Array]:
