@@ -104,19 +104,25 @@ def execute(plan: Score) -> dict[str, Floats]:
     for b, h, i in np.ndindex(batch, heads, lq):
         g = h // (heads // groups)
         seen = np.flatnonzero(sees(plan, b, h, i))
-        s = plan.scale * (plan.k[b, g, seen] @ plan.q[b, h, i])
+        s = plan.scale * (_or_nan(plan.k[b, g, seen]) @ _or_nan(plan.q[b, h, i]))
         if plan.softcap is not None:
             s = plan.softcap * np.tanh(s / plan.softcap)
         for bias in plan.bias:
             s = s + row_of(bias, plan, b, h, i)[seen]
+        s = _or_nan(s)
         sink = -np.inf if plan.sink is None else plan.sink[h]
         lse[b, h, i] = np.logaddexp.reduce(s, initial=sink)
         if seen.size:
             weight = np.exp(s - lse[b, h, i]) / (1.0 if plan.keep is None else plan.keep[1])
             if plan.keep is not None:
                 weight = weight * _entry(plan.keep[0], b, h, i, plan.k.shape[2])[seen]
-            out[b, h, i] = weight @ plan.v[b, g, seen]
+            out[b, h, i] = weight @ _or_nan(plan.v[b, g, seen])
     return {"out": out, "lse": lse}
+
+
+def _or_nan(array: Floats) -> Floats:
+    """NaN for what is not finite: a live infinity has no meaning that a softmax could give it."""
+    return np.where(np.isfinite(array), array, np.nan)
 
 
 def sees(plan: Score, b: int, h: int, i: int) -> NDArray[np.bool_]:
@@ -171,7 +177,7 @@ def describe(plan: Any) -> Mapping[str, Any]:
     shown = {}
     for field in fields(plan):
         value = getattr(plan, field.name)
-        if value is not None and value != ():
+        if value is not None and not (isinstance(value, tuple) and not value):
             shown[field.name] = _show(value)
     return shown
 

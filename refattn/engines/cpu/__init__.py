@@ -1,0 +1,130 @@
+"""The cpu engine: a problem's plan run by Numba kernels, in float32, or in float64 where the result is float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refattn.engines.cpu import score
+from refattn.engines.cpu.operands import Operands, differences, prepare, rank4
+from refattn.engines.cpu.pool import spread
+from refattn.errors import ShapeError
+from refattn.plan import Dense, Score, Slope, Table, leaves, map_leaves
+from refattn.problem import Problem
+from refattn.spec import Outputs
+from refattn.tape import Tape, Variable
+
+name = "cpu"
+
+Floats = NDArray[np.float64]
+
+
+def refuses(problem: Problem) -> str | None:
+    """A sentence for a variant that does not lower to a Score plan, or None."""
+    if not hasattr(problem.variant, "lower"):
+        return f"{problem.spec.variant} has no plan, and the cpu engine runs plans"
+    if not isinstance(problem.plan, Score):
+        return f"the cpu engine runs Score plans, and {problem.spec.variant} lowers to {type(problem.plan).__name__}"
+    return None
+
+
+def run(problem: Problem) -> Outputs:
+    """Out (B,Hq,Lq,Dv) and lse (B,Hq,Lq) as float64 arrays, computed in float32 or float64."""
+    return Outputs(_forward(prepare(problem.plan, _kind(problem))))
+
+
+def vjp(
+    problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str], outputs: Mapping[str, Any] | None = None
+) -> Outputs:
+    """Outputs and gradients d<name>: the kernels give the cotangents of the plan's leaves, the tape carries them on.
+
+    Where `outputs` holds out and lse of this problem, the forward pass is spared.
+
+    Raises
+    ------
+    ShapeError
+        out or lse in `outputs` does not have the shape this problem gives it.
+    """
+    tape, x = Tape(), problem.lift(np.asarray)
+    inputs = {n: tape.variable(x[n]) for n in wrt}
+    taped = problem.variant.lower(problem.spec, x | inputs)
+    plan = map_leaves(taped, lambda leaf: getattr(leaf, "value", leaf))
+    operands = prepare(plan, _kind(problem))
+    found = _saved(outputs or {}, operands) or _forward(operands)
+    wanted = {n: leaf for n, leaf in leaves(taped).items() if isinstance(leaf, Variable)}
+    dout, dlse = (_cotangent(cotangents.get(n), found[n], operands) for n in ("out", "lse"))
+    gradients = _backward(plan, operands, dout, dlse, set(wanted))
+    carried = tape.gradients([(leaf, gradients[n]) for n, leaf in wanted.items()], list(inputs.values()))
+    return Outputs(found | {f"d{n}": g for n, g in zip(wrt, carried, strict=True)})
+
+
+def _kind(problem: Problem) -> type[np.floating[Any]]:
+    return np.float64 if problem.dtype == np.float64 else np.float32
+
+
+def _forward(x: Operands) -> dict[str, Floats]:
+    batch, heads, lq, _ = x.q.shape
+    out = np.empty((batch, heads, lq, x.v.shape[3]), x.q.dtype)
+    lse = np.empty((batch, heads, lq), x.q.dtype)
+    spread(score.forward, (x, out, lse), lse.size, _work(x))
+    return {"out": out.astype(np.float64), "lse": lse.astype(np.float64)}
+
+
+def _saved(outputs: Mapping[str, Any], x: Operands) -> dict[str, Floats] | None:
+    if not {"out", "lse"} <= set(outputs):
+        return None
+    shapes = {"out": (*x.q.shape[:3], x.v.shape[3]), "lse": x.q.shape[:3]}
+    for n, shape in shapes.items():
+        if outputs[n].shape != shape:
+            raise ShapeError(f"{n} of an earlier evaluate has shape {outputs[n].shape}, but this problem's has {shape}")
+    return {n: outputs[n].astype(np.float64) for n in shapes}
+
+
+def _work(x: Operands) -> int:
+    """Multiply-adds of the two products."""
+    return int(np.prod(x.q.shape[:3])) * int(x.k.shape[2] * (x.q.shape[3] + x.v.shape[3]))
+
+
+def _cotangent(given: Any, output: Any, x: Operands) -> NDArray[Any]:
+    """A cotangent in the type computed in, NaN where its output is NaN; zeros where none is given."""
+    dense = np.zeros(output.shape) if given is None else np.asarray(given, np.float64)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(np.where(np.isnan(output), np.nan, dense), x.q.dtype)
+
+
+def _backward(plan: Score, x: Operands, dout: NDArray[Any], dlse: NDArray[Any], wanted: set[str]) -> dict[str, Floats]:
+    """Cotangents of the plan's leaves, at least of those wanted, by the names of `refattn.plan.leaves`."""
+    found: dict[str, Floats] = {}
+    given = (x, dout, dlse)
+    by_row = {"q", "sink"} | {f"bias.{n}" for n, b in enumerate(plan.bias) if isinstance(b, Slope)}
+    if wanted & by_row:
+        dq, dslope, dsink = np.empty_like(x.q), np.empty(dlse.shape), np.empty(dlse.shape)
+        spread(score.backward_rows, (*given, dq, dslope, dsink), dlse.size, 2 * _work(x))
+        found |= dict.fromkeys(by_row, dslope.sum((0, 2)))
+        found |= {"q": dq.astype(np.float64), "sink": dsink.sum((0, 2))}
+    if wanted & {"k", "v"}:
+        dk, dv = np.empty_like(x.k), np.empty_like(x.v)
+        spread(score.backward_keys, (*given, dk, dv), dk.shape[0] * dk.shape[1], 3 * _work(x))
+        found |= {"k": dk.astype(np.float64), "v": dv.astype(np.float64)}
+    for n, bias in enumerate(plan.bias):
+        if f"bias.{n}" in wanted - by_row:
+            found[f"bias.{n}"] = _bias_gradient(bias, given, differences(plan))
+    return found
+
+
+def _bias_gradient(bias: Any, given: tuple[Any, ...], differences: tuple[int, int]) -> Floats:
+    """Cotangent of a dense bias or a table, in its own shape: summed over what it was repeated along."""
+    low, count = differences
+    gradient = np.zeros(bias.values.shape)
+    sizes = (1, gradient.shape[0], 1, count) if isinstance(bias, Table) else rank4(gradient.shape)
+    rows = np.empty((math.prod(sizes[:3]), sizes[3]))
+    arguments = (*given, np.array(sizes[:3], np.int64), isinstance(bias, Table), rows)
+    spread(score.backward_bias, arguments, len(rows), 2 * _work(given[0]))
+    if isinstance(bias, Dense):
+        return rows.reshape(gradient.shape)
+    gradient[:, low + bias.offset : low + bias.offset + count] = rows
+    return gradient

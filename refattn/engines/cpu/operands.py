@@ -1,0 +1,158 @@
+"""A Score plan as the arrays that kernels read: fixed ranks and dtypes, C order; what broadcasts is not expanded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refattn.errors import ShapeError
+from refattn.plan import Dense, Score, Slope, Table
+
+Array = NDArray[Any]
+LEAST, GREATEST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+
+
+class Operands(NamedTuple):
+    """What a Score kernel reads; T is the type it computes in, float32 or float64.
+
+    q (B,Hq,Lq,D), k (B,Hkv,Lk,D), v (B,Hkv,Lk,Dv) T. constants (3,) T: scale, softcap (0 for none), 1/keep probability.
+    span (2,) int64: least and greatest position(j) − position(i) that is visible. q_at, q_segment (1 or B, Lq), k_at,
+    k_segment (1 or B, Lk) int64; q_length, k_length (B,) int64. masks, keeps (boolean) and biases (T) are stacks.
+    slopes (Hq,) T, the sum of all; table (Hq, n) T, the sum of all, its first column for the difference `low`, n = 0
+    for none; sink (Hq,) T, −∞ for none.
+
+    A *stack* of m arrays that broadcast to (B,Hq,Lq,Lk) is their elements in one flat array and strides (m, 5): where
+    each begins, and what one step in b, h, i, j adds, 0 where it is repeated.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    constants: Array
+    span: Array
+    q_at: Array
+    k_at: Array
+    q_length: Array
+    k_length: Array
+    q_segment: Array
+    k_segment: Array
+    masks: Array
+    mask_strides: Array
+    keeps: Array
+    keep_strides: Array
+    biases: Array
+    bias_strides: Array
+    slopes: Array
+    table: Array
+    low: int
+    sink: Array
+
+
+def prepare(plan: Score, kind: type[np.floating[Any]]) -> Operands:
+    """Operands of a plan whose leaves are float64 arrays, converted once to the type computed in.
+
+    What is not finite becomes NaN where it will be read: a whole row of q or k, for no score from it is a number; one
+    entry of v, so that a weight of 0 does not hide it.
+
+    Raises
+    ------
+    ShapeError
+        A table lacks a position difference that occurs.
+    """
+    batch, heads, lq, _ = plan.q.shape
+    lk = plan.k.shape[2]
+    q_length, k_length = plan.lengths or (np.full(batch, lq), np.full(batch, lk))
+    segments = plan.segments or (np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64))
+    masks, mask_strides = _stack([] if plan.mask is None else [plan.mask], np.bool_)
+    keeps, keep_strides = _stack([] if plan.keep is None else [plan.keep[0]], np.bool_)
+    biases, bias_strides = _stack([b.values for b in plan.bias if isinstance(b, Dense)], kind)
+    left, right = plan.window
+    reach = GREATEST if right is None else right
+    low, count = differences(plan)
+    slopes = np.sum([b.slopes for b in plan.bias if isinstance(b, Slope)], axis=0) + np.zeros(heads)
+    probability = 1.0 if plan.keep is None else plan.keep[1]
+    return Operands(
+        q=_rows(_array(plan.q, kind)),
+        k=_rows(_array(plan.k, kind)),
+        v=_entries(_array(plan.v, kind)),
+        constants=_array([plan.scale, plan.softcap or 0.0, 1 / probability], kind),
+        span=_array([LEAST if left is None else -left, min(reach, 0) if plan.causal else reach], np.int64),
+        q_at=_each(plan.positions[0], lq),
+        k_at=_each(plan.positions[1], lk),
+        q_length=_array(q_length, np.int64),
+        k_length=_array(k_length, np.int64),
+        q_segment=_each(segments[0], lq),
+        k_segment=_each(segments[1], lk),
+        masks=masks,
+        mask_strides=mask_strides,
+        keeps=keeps,
+        keep_strides=keep_strides,
+        biases=biases,
+        bias_strides=bias_strides,
+        slopes=_array(slopes, kind),
+        table=_array(_table([b for b in plan.bias if isinstance(b, Table)], heads, low, count), kind),
+        low=low,
+        sink=_array(np.full(heads, -np.inf) if plan.sink is None else plan.sink, kind),
+    )
+
+
+def differences(plan: Score) -> tuple[int, int]:
+    """Least position(j) − position(i), and how many integers lie from it to the greatest; (0, 0) where no pair is."""
+    q_at, k_at = plan.positions
+    if not (q_at.size and k_at.size):
+        return 0, 0
+    low, high = int(k_at.min()) - int(q_at.max()), int(k_at.max()) - int(q_at.min())
+    return low, high - low + 1
+
+
+def rank4(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with leading axes of size 1, four in all."""
+    return (1,) * (4 - len(shape)) + shape
+
+
+def _table(tables: Sequence[Table], heads: int, low: int, count: int) -> Array:
+    """Sum of the tables over the differences that occur; −∞ in one masks, whatever another holds."""
+    if not tables or not count:
+        return np.zeros((heads, 0))
+    for table in tables:
+        first, stop = low + table.offset, low + table.offset + count
+        if first < 0 or stop > table.values.shape[1]:
+            given = f"{-table.offset} to {table.values.shape[1] - table.offset - 1}"
+            occur = f"{low} to {low + count - 1}"
+            raise ShapeError(f"a bias table covers the differences {given}, but {occur} occur: widen the table")
+    parts = np.stack([t.values[:, low + t.offset : low + t.offset + count] for t in tables])
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isneginf(parts).any(0), -np.inf, parts.sum(0))
+
+
+def _stack(arrays: Sequence[Array], kind: Any) -> tuple[Array, Array]:
+    strides, start = np.zeros((len(arrays), 5), np.int64), 0
+    for row, array in zip(strides, arrays, strict=True):
+        shape = rank4(array.shape)
+        step = np.cumprod((1, *shape[:0:-1]))[::-1]
+        row[:] = start, *np.where(np.array(shape) > 1, step, 0)
+        start += array.size
+    return _array(np.concatenate([np.zeros(0, kind), *(np.ravel(a) for a in arrays)]), kind), strides
+
+
+def _each(integers: Array, length: int) -> Array:
+    """One integer for each row or key: (1 or B, length)."""
+    return _array(np.broadcast_to(integers, (integers.shape[0], length)), np.int64)
+
+
+def _array(given: Any, kind: Any) -> Array:
+    with np.errstate(over="ignore"):
+        return np.require(given, kind, ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE"])
+
+
+def _rows(array: Array) -> Array:
+    finite = np.isfinite(array).all(-1, keepdims=True)
+    return array if finite.all() else np.where(finite, array, array.dtype.type(np.nan))
+
+
+def _entries(array: Array) -> Array:
+    finite = np.isfinite(array)
+    return array if finite.all() else np.where(finite, array, array.dtype.type(np.nan))

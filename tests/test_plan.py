@@ -1,0 +1,87 @@
+"""Laws of plans: what a variant lowers to means what its reference says."""
+
+import numpy as np
+import pytest
+from checks import near
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import EXTRAS, PROBLEMS, Problem, Sizes, arrays
+
+import refattn as ra
+from refattn import api, plan
+from refattn.plan import Table, execute, leaves, map_leaves
+
+
+def built(problem, inputs):
+    return api.build(problem.spec, inputs, "float64", ("out",))
+
+
+def obeys(problem, inputs):
+    expected = ra.evaluate(problem.spec, inputs, want=("out", "lse"))
+    found = execute(built(problem, inputs).plan)
+    near(found["out"], expected.out)
+    near(found["lse"], expected.lse)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_plan_means_what_the_reference_says(name, rng):
+    obeys(PROBLEMS[name], arrays(PROBLEMS[name], rng)[0])
+
+
+@st.composite
+def problems(draw):
+    groups = draw(st.integers(1, 2))
+    lengths = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 9])
+    heads = groups * draw(st.integers(1, 3))
+    sizes = Sizes(draw(st.integers(0, 2)), heads, groups, draw(lengths), draw(lengths), draw(lengths), draw(lengths))
+    ends = st.none() | st.integers(0, 4)
+    direction = draw(st.sampled_from([None, "symmetric", "two_sided"] + ["half"] * (heads % 2 == 0)))
+    rule = draw(st.sampled_from(["interleaved", "geometric", "learned"]))
+    dense = [e for e in EXTRAS if not e.startswith("slopes")]
+    extras = tuple(draw(st.lists(st.sampled_from(dense), unique_by=lambda e: e.split()[0], max_size=5)))
+    if direction and rule == "learned":
+        extras += ("slopes", "slopes_right") if direction == "two_sided" else ("slopes",)
+    spec = ra.SDPA(
+        causal=draw(st.sampled_from([False, "top_left", "bottom_right"])),
+        window=draw(st.none() | st.tuples(ends, ends)),
+        softcap=draw(st.sampled_from([None, 0.5, 30.0])),
+        bias=(ra.ALiBi(slopes=rule, direction=direction),) if direction else (),
+        keep_probability=0.75 if any(e.startswith("keep") for e in extras) else None,
+    )
+    return Problem(spec, sizes, extras)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(problems(), st.integers(0, 2**32))
+def test_any_combination_of_options_means_what_the_reference_says(problem, seed):
+    obeys(problem, arrays(problem, np.random.default_rng(seed))[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"), [(name, bad) for name in "qkv" for bad in (np.nan, np.inf, -np.inf)] + [("bias", np.nan)]
+)
+def test_a_live_number_that_is_not_finite_makes_its_rows_nan(name, bad, rng):
+    problem = Problem(ra.SDPA(causal="bottom_right", softcap=5.0), Sizes(), ("bias of a pair",))
+    inputs = arrays(problem, rng)[0]
+    inputs[name][(0,) * (inputs[name].ndim - 2) + (3, 1)] = bad
+    with np.errstate(invalid="ignore"):
+        obeys(problem, inputs)
+        assert np.isnan(execute(built(problem, inputs).plan)["out"]).any()
+
+
+def test_leaves_are_the_real_arrays_by_name_and_map_changes_each(rng):
+    problem = PROBLEMS["biases of all kinds"]
+    lowered = built(problem, arrays(problem, rng)[0] | {"sink": np.ones(4)}).plan
+    assert list(leaves(lowered)) == ["q", "k", "v", "sink", *(f"bias.{n}" for n in range(5))]
+    doubled = leaves(map_leaves(lowered, lambda a: 2 * a))
+    for name, leaf in leaves(lowered).items():
+        np.testing.assert_array_equal(doubled[name], 2 * leaf)
+    assert [b.offset for b in map_leaves(lowered, lambda a: a).bias if isinstance(b, Table)] == [6, 6]
+
+
+def test_description_shows_shapes_and_values(rng):
+    problem = PROBLEMS["everything"]
+    shown = plan.describe(built(problem, arrays(problem, rng)[0]).plan)
+    assert shown["q"] == (2, 6, 9, 5)
+    assert shown["window"] == (4, 2)
+    assert shown["bias"] == ({"Slope": {"slopes": (6,)}}, {"Dense": {"values": (9, 11)}})
