@@ -52,6 +52,7 @@ EXTRAS: dict[str, Callable[[Any, Sizes], dict[str, Any]]] = {
     "kv_lengths": lambda rng, s: {"kv_lengths": rng.integers(0, s.Lk + 1, s.B)},
     "q_positions": lambda rng, s: {"q_positions": rng.integers(-3, s.Lk + 3, (s.B, s.Lq))},
     "k_positions": lambda rng, s: {"k_positions": rng.integers(-3, s.Lk + 3, s.Lk)},
+    "k_positions of a batch": lambda rng, s: {"k_positions": rng.integers(-3, s.Lk + 3, (s.B, s.Lk))},
     "segments": _segments,
     "keep": lambda rng, s: {"keep": rng.random((s.B, s.Hq, s.Lq, s.Lk)) < 0.8},
     "keep of a key": lambda rng, s: {"keep": rng.random((1, 1, s.Lk)) < 0.8},
@@ -111,7 +112,7 @@ PROBLEMS = {
     "ragged": Problem(ra.SDPA(causal="bottom_right"), Sizes(B=4), ("q_lengths", "kv_lengths")),
     "ragged ALiBi": Problem(_alibi(), Sizes(B=4), ("q_lengths", "kv_lengths")),
     "positions": Problem(ra.SDPA(causal="top_left", window=(3, None)), extras=("q_positions", "k_positions")),
-    "positions, ALiBi": Problem(_alibi(direction="two_sided", causal=False), extras=("q_positions", "k_positions")),
+    "positions, ALiBi": Problem(_alibi(direction="two_sided", causal=False), extras=("k_positions of a batch",)),
     **{
         f"ALiBi {direction} {rule}": Problem(
             _alibi(slopes=rule, direction=direction, causal=False),

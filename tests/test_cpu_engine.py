@@ -167,19 +167,14 @@ def test_a_live_number_that_is_not_finite_reaches_its_rows_and_no_others(name, b
     inputs, cotangents = arrays(problem, rng)
     clean = everything(problem, inputs, cotangents, "cpu")
     inputs[name][0, 1, 3, 2] = bad
-    expected = ra.evaluate(problem.spec, inputs, want=WANT)
+    expected = everything(problem, inputs, cotangents, "reference")
     found = everything(problem, inputs, cotangents, "cpu")
-    near(found["out"], expected.out)
-    near(found["lse"], expected.lse)
+    for n in expected:
+        near(found[n], expected[n])
     rows = np.isnan(found["out"]).any(3)
     assert rows.sum() == (1 if name == "q" else 6)
-    same(found["dq"][~rows], clean["dq"][~rows])
     assert np.isnan(found["dq"][rows]).all()
-    reached = (visible(problem, inputs) & rows[..., None]).reshape(2, 2, 2, 6, 6).any((2, 3))
-    same(found["dk"][~reached], clean["dk"][~reached])
-    same(found["dv"][~reached], clean["dv"][~reached])
-    assert np.isnan(found["dk"][reached]).all()
-    assert np.isnan(found["dv"][reached]).any(-1).all()
+    same(found["dq"][~rows], clean["dq"][~rows])
 
 
 def test_a_sink_of_minus_infinity_is_no_sink(rng):

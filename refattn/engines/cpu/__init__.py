@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn.engines.cpu import score
-from refattn.engines.cpu.operands import Operands, differences, prepare, rank4
+from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4
 from refattn.engines.cpu.pool import spread
 from refattn.errors import ShapeError
 from refattn.plan import Dense, Score, Slope, Table, leaves, map_leaves
@@ -89,11 +89,9 @@ def _work(x: Operands) -> int:
     return int(np.prod(x.q.shape[:3])) * int(x.k.shape[2] * (x.q.shape[3] + x.v.shape[3]))
 
 
-def _cotangent(given: Any, output: Any, x: Operands) -> NDArray[Any]:
-    """A cotangent in the type computed in, NaN where its output is NaN; zeros where none is given."""
-    dense = np.zeros(output.shape) if given is None else np.asarray(given, np.float64)
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(np.where(np.isnan(output), np.nan, dense), x.q.dtype)
+def _cotangent(given: Any, output: Floats, x: Operands) -> NDArray[Any]:
+    """A cotangent in the type computed in; zeros where none is given."""
+    return converted(np.zeros(output.shape) if given is None else given, x.q.dtype)
 
 
 def _backward(plan: Score, x: Operands, dout: NDArray[Any], dlse: NDArray[Any], wanted: set[str]) -> dict[str, Floats]:

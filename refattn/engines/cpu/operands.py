@@ -75,15 +75,15 @@ def prepare(plan: Score, kind: type[np.floating[Any]]) -> Operands:
     slopes = np.sum([b.slopes for b in plan.bias if isinstance(b, Slope)], axis=0) + np.zeros(heads)
     probability = 1.0 if plan.keep is None else plan.keep[1]
     return Operands(
-        q=_rows(_array(plan.q, kind)),
-        k=_rows(_array(plan.k, kind)),
-        v=_entries(_array(plan.v, kind)),
-        constants=_array([plan.scale, plan.softcap or 0.0, 1 / probability], kind),
-        span=_array([LEAST if left is None else -left, min(reach, 0) if plan.causal else reach], np.int64),
+        q=_rows(converted(plan.q, kind)),
+        k=_rows(converted(plan.k, kind)),
+        v=_entries(converted(plan.v, kind)),
+        constants=converted([plan.scale, plan.softcap or 0.0, 1 / probability], kind),
+        span=converted([LEAST if left is None else -left, min(reach, 0) if plan.causal else reach], np.int64),
         q_at=_each(plan.positions[0], lq),
         k_at=_each(plan.positions[1], lk),
-        q_length=_array(q_length, np.int64),
-        k_length=_array(k_length, np.int64),
+        q_length=converted(q_length, np.int64),
+        k_length=converted(k_length, np.int64),
         q_segment=_each(segments[0], lq),
         k_segment=_each(segments[1], lk),
         masks=masks,
@@ -92,10 +92,10 @@ def prepare(plan: Score, kind: type[np.floating[Any]]) -> Operands:
         keep_strides=keep_strides,
         biases=biases,
         bias_strides=bias_strides,
-        slopes=_array(slopes, kind),
-        table=_array(_table([b for b in plan.bias if isinstance(b, Table)], heads, low, count), kind),
+        slopes=converted(slopes, kind),
+        table=converted(_table([b for b in plan.bias if isinstance(b, Table)], heads, low, count), kind),
         low=low,
-        sink=_array(np.full(heads, -np.inf) if plan.sink is None else plan.sink, kind),
+        sink=converted(np.full(heads, -np.inf) if plan.sink is None else plan.sink, kind),
     )
 
 
@@ -106,6 +106,12 @@ def differences(plan: Score) -> tuple[int, int]:
         return 0, 0
     low, high = int(k_at.min()) - int(q_at.max()), int(k_at.max()) - int(q_at.min())
     return low, high - low + 1
+
+
+def converted(given: Any, kind: Any) -> Array:
+    """As a kernel takes an array: of that dtype, C-contiguous, aligned and writeable, copied only where it is not."""
+    with np.errstate(over="ignore"):
+        return np.require(given, kind, ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE"])
 
 
 def rank4(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -135,17 +141,12 @@ def _stack(arrays: Sequence[Array], kind: Any) -> tuple[Array, Array]:
         step = np.cumprod((1, *shape[:0:-1]))[::-1]
         row[:] = start, *np.where(np.array(shape) > 1, step, 0)
         start += array.size
-    return _array(np.concatenate([np.zeros(0, kind), *(np.ravel(a) for a in arrays)]), kind), strides
+    return converted(np.concatenate([np.zeros(0, kind), *(np.ravel(a) for a in arrays)]), kind), strides
 
 
 def _each(integers: Array, length: int) -> Array:
     """One integer for each row or key: (1 or B, length)."""
-    return _array(np.broadcast_to(integers, (integers.shape[0], length)), np.int64)
-
-
-def _array(given: Any, kind: Any) -> Array:
-    with np.errstate(over="ignore"):
-        return np.require(given, kind, ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE"])
+    return converted(np.broadcast_to(integers, (integers.shape[0], length)), np.int64)
 
 
 def _rows(array: Array) -> Array:
