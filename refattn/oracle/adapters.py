@@ -75,7 +75,7 @@ def cpu(q: Any, k: Any, v: Any, *, dout: Any = None, dlse: Any = None, **options
 
 
 def _engine(engine: str, given: dict[str, Any], duals: dict[str, Any]) -> dict[str, Any]:
-    options = {n: given.pop(n) for n in ("causal", "window", "scale", "softcap") if n in given}
+    options: dict[str, Any] = {n: given.pop(n) for n in ("causal", "window", "scale", "softcap") if n in given}
     if "segment_ids" in given:
         given["q_segment_ids"], given["k_segment_ids"] = given.pop("segment_ids")
     if "keep" in given:

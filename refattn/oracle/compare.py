@@ -99,7 +99,7 @@ def _compare(golden: Golden, name: str, given: Any) -> Comparison:
     ratio = ratios(golden, name, result)
     dtype = output_dtype(golden, name)
     normal = np.isfinite(exact) & np.isfinite(result) & (np.abs(exact) >= 2.0 ** format_of(dtype).emin)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         in_ulp = np.where(normal, np.abs(result - exact) / ulp(exact, dtype), 0.0)
     at = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
     worst = float(ratio[at])

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from refattn import api
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import SpecError, Unsupported
-from refattn.golden import build
 from refattn.golden.load import Golden
 from refattn.plan import Bias, Dense, Score, Slope
 
@@ -32,7 +32,7 @@ class Declared:
 
 @dataclass(frozen=True)
 class Offer:
-    """Keyword arguments, as NumPy arrays and plain numbers; `leaves` maps an argument to the input it is the whole of."""
+    """Keyword arguments, as NumPy arrays and plain numbers; `leaves` maps one to the input that it is."""
 
     arguments: Mapping[str, Any]
     leaves: Mapping[str, str]
@@ -101,7 +101,7 @@ def _offer_bias(
     """ALiBi's slopes where the backend has a word for them; what remains, added up, as a dense bias."""
     if not golden.spec.bias and "bias" not in arrays:  # type: ignore[attr-defined]
         return
-    plan = build.api.build(golden.spec, arrays, golden.dtype, ("out",)).plan
+    plan = api.build(golden.spec, arrays, golden.dtype, ("out",)).plan
     rest = list(plan.bias)
     by_index = not {"q_positions", "k_positions"} & set(arrays)
     slopes = [b for b in rest if isinstance(b, Slope)]

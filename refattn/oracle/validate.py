@@ -10,7 +10,7 @@ from typing import Any
 
 from refattn.bound import PROFILES
 from refattn.errors import RefattnError, SpecError
-from refattn.golden import build
+from refattn.golden import build, inputs
 from refattn.golden.load import Golden, load, names
 from refattn.oracle.adapters import Target, resolve
 from refattn.oracle.compare import compare
@@ -87,9 +87,9 @@ def validate(
         lines.append(line)
         if progress is not None:
             progress(done, len(chosen), line)
-    words = diagnosis.words()
+    words, findings = diagnosis.explain()
     explained = tuple(replace(line, words=words.get(line.case, line.words)) for line in lines)
-    return Report(target.name, explained, diagnosis.findings())
+    return Report(target.name, explained, findings)
 
 
 def _run(golden: Golden, fn: Callable[..., Any], takes: Declared, kind: str, diagnosis: Diagnosis) -> Line:
@@ -99,7 +99,7 @@ def _run(golden: Golden, fn: Callable[..., Any], takes: Declared, kind: str, dia
         found = tuple(compare(golden, results))
     except NotImplementedError as error:
         return Line(golden.name, "not supported", words=_one_line(error))
-    except Exception as error:  # noqa: BLE001  whatever a foreign function raises is its answer to the case
+    except Exception as error:  # whatever a foreign function raises is its answer to the case
         name = "" if isinstance(error, RefattnError) else f"{type(error).__name__}: "
         return Line(golden.name, "fail", words=f"raised {name}{_one_line(error)}")
     if all(c.verdict == "pass" for c in found):
@@ -111,7 +111,7 @@ def _run(golden: Golden, fn: Callable[..., Any], takes: Declared, kind: str, dia
 def _with_profile(golden: Golden, profile: str) -> Golden:
     case = golden.case()
     problem = build.problem_of(case, golden.inputs())
-    duals = build.recipes.cotangents(case)
+    duals = inputs.cotangents(case)
     wrt = tuple(problem.real_inputs()) if duals else ()
     limits = build.bounds(problem, duals, wrt, PROFILES[profile])
     return replace(golden, profile=profile, bound={n: build.rows_of(case, n, limits[n]) for n in golden.expected})
