@@ -241,7 +241,7 @@ class BoundSpace:
         e = x.e + p.storage * (np.abs(x.x) + x.e) + p.storage_tiny
         return Bounded(self, x.x, np.where((x.x == 0) & (x.e == 0), 0.0, e * _SLACK), settled=True)
 
-    def stop(self, x: Bounded, _: bool) -> Bounded:
+    def stop(self, x: Bounded) -> Bounded:
         """The same."""
         return x
 

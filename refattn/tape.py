@@ -194,7 +194,7 @@ class Tape:
         """Detached."""
         return numeric.row_max(x.value, live)
 
-    def stop(self, x: Any, _: bool) -> Any:
+    def stop(self, x: Any) -> Any:
         """The bare value: no path back."""
         return x.value
 
