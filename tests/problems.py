@@ -34,6 +34,10 @@ def _mask(rng, s):
     return {"mask": mask}
 
 
+def _segments_of_keys(rng, s):
+    return {"q_segment_ids": rng.integers(0, 2, s.Lq), "k_segment_ids": rng.integers(0, 2, (s.B, s.Lk))}
+
+
 def _segments(rng, s):
     return {"q_segment_ids": rng.integers(0, 3, (s.B, s.Lq)), "k_segment_ids": rng.integers(1, 4, (1, s.Lk))}
 
@@ -54,6 +58,7 @@ EXTRAS: dict[str, Callable[[Any, Sizes], dict[str, Any]]] = {
     "k_positions": lambda rng, s: {"k_positions": rng.integers(-3, s.Lk + 3, s.Lk)},
     "k_positions of a batch": lambda rng, s: {"k_positions": rng.integers(-3, s.Lk + 3, (s.B, s.Lk))},
     "segments": _segments,
+    "segments of keys": _segments_of_keys,
     "keep": lambda rng, s: {"keep": rng.random((s.B, s.Hq, s.Lq, s.Lk)) < 0.8},
     "keep of a key": lambda rng, s: {"keep": rng.random((1, 1, s.Lk)) < 0.8},
     "slopes": lambda rng, s: {"slopes": rng.random(s.Hq)},
@@ -113,6 +118,14 @@ PROBLEMS = {
     "ragged ALiBi": Problem(_alibi(), Sizes(B=4), ("q_lengths", "kv_lengths")),
     "positions": Problem(ra.SDPA(causal="top_left", window=(3, None)), extras=("q_positions", "k_positions")),
     "positions, ALiBi": Problem(_alibi(direction="two_sided", causal=False), extras=("k_positions of a batch",)),
+    **{
+        f"positions, learned ALiBi {direction}": Problem(
+            _alibi(slopes="learned", direction=direction, causal=False),
+            Sizes(),
+            ("q_positions", "k_positions of a batch", *LEARNED[direction]),
+        )
+        for direction in ("symmetric", "two_sided")
+    },
     **{
         f"ALiBi {direction} {rule}": Problem(
             _alibi(slopes=rule, direction=direction, causal=False),

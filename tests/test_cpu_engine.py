@@ -13,13 +13,15 @@ from checks import near, same
 from problems import PROBLEMS, Problem, Sizes, arrays
 
 import refattn as ra
-from refattn import api
-from refattn.bound import FLOAT32, BoundSpace
+from refattn import api, registry
+from refattn.bound import FLOAT32, FLOAT64, BoundSpace
 from refattn.dtypes import format_of, round_to
-from refattn.engines import cpu
+from refattn.engines import cpu, reference
 from refattn.engines.cpu import pool
 from refattn.engines.cpu.operands import prepare
 from refattn.errors import ShapeError, SpecError
+from refattn.golden import build
+from refattn.golden import inputs as recipes
 from refattn.plan import Dense, Score, Table, sees
 
 WANT = ("out", "lse")
@@ -63,6 +65,25 @@ def test_float32_is_within_the_published_bound_of_each_element(name, rng):
     found = cpu.vjp(checked, cotangents, wrt)
     for n in expected:
         within(found[n], expected[n], bounds[n].e)
+
+
+@pytest.mark.parametrize("variant", registry.names())
+def test_the_golden_cases_are_within_their_bounds(variant):
+    """Of every golden case of moderate size, out, lse and gradients; a float64 bound is counted twice, once each."""
+    for case in registry.info(variant).cases():
+        if case.sizes["Hq"] * case.sizes["Lq"] * case.sizes["Lk"] > 1 << 15:
+            continue
+        problem, weights = build.problem_of(case, recipes.inputs(case)), recipes.cotangents(case)
+        wrt = tuple(problem.real_inputs()) if weights else ()
+        wide = problem.dtype == np.float64
+        bounds = build.bounds(problem, weights, wrt, FLOAT64 if wide else FLOAT32)
+        expected, found = reference.vjp(problem, weights, wrt), cpu.vjp(problem, weights, wrt)
+        for n in expected:
+            same(np.isnan(found[n]), np.isnan(expected[n]))
+            same(np.isneginf(found[n]), np.isneginf(expected[n]))
+            finite = np.isfinite(expected[n])
+            off = np.abs(found[n][finite] - expected[n][finite])
+            assert (off <= (1 + wide) * bounds[n][finite]).all(), (case.name, n)
 
 
 def poisoned(shape, dtype=np.float64):

@@ -100,11 +100,14 @@ def prepare(plan: Score, kind: type[np.floating[Any]]) -> Operands:
 
 
 def differences(plan: Score) -> tuple[int, int]:
-    """Least position(j) − position(i), and how many integers lie from it to the greatest; (0, 0) where no pair is."""
+    """Least position(j) − position(i), and how many integers lie from it to the greatest; (0, 0) where no pair is.
+
+    Taken sequence by sequence: two that stand far apart have no difference between them.
+    """
     q_at, k_at = plan.positions
     if not (q_at.size and k_at.size):
         return 0, 0
-    low, high = int(k_at.min()) - int(q_at.max()), int(k_at.max()) - int(q_at.min())
+    low, high = int((k_at.min(1) - q_at.max(1)).min()), int((k_at.max(1) - q_at.min(1)).max())
     return low, high - low + 1
 
 
