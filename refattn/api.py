@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from refattn import plan as plans
 from refattn import registry
 from refattn.arrays import from_numpy, to_numpy
 from refattn.dtypes import format_of, round_to
-from refattn.errors import ShapeError, SpecError, Unsupported
-from refattn.problem import Problem, check
+from refattn.errors import DTypeError, ShapeError, SpecError, Unsupported
+from refattn.problem import Problem, check, is_kind
 from refattn.spec import Outputs, Spec, describe
 
 
@@ -99,31 +99,37 @@ def attention(
     given = {"q": q, "k": k, "v": v, "mask": mask, "sink": sink, "q_lengths": q_lengths, "kv_lengths": kv_lengths}
     given |= {"q_positions": q_positions, "k_positions": k_positions}
     pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-    if len(pair) != 2:  # noqa: PLR2004
+    if len(pair) != 2:
         raise ShapeError(f"segment_ids is one array or a pair for queries and keys; given: a tuple of {len(pair)}")
     given |= {"q_segment_ids": pair[0], "k_segment_ids": pair[1]}
     terms, given["bias"] = _split_bias(bias)
     probability = None
     if keep is not None:
-        if not isinstance(keep, tuple) or len(keep) != 2:  # noqa: PLR2004
-            raise SpecError("keep is a pair (boolean mask, probability)")
+        if not isinstance(keep, tuple) or len(keep) != 2 or any(part is None for part in keep):
+            raise SpecError(f"keep is a pair (boolean mask, probability); given: {type(keep).__name__}")
         given["keep"], probability = keep
-    arrays, q_at = layouts.inward(_numpy(given), layout, cu_seqlens_q, cu_seqlens_k)
+    packing = _numpy({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
+    arrays, q_at = layouts.inward(_numpy(given), layout, **packing)
     options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "keep_probability": probability}
     out = _run(registry.spec("sdpa", bias=terms, **options), arrays, engine, dtype, ("out",))["out"]
     return from_numpy(np.ascontiguousarray(layouts.outward(out, layout, q_at)), q)
 
 
 def evaluate(
-    spec: Spec, inputs: Mapping[str, Any], *, engine: str = "reference", dtype: Any = None, want: Sequence[str] = ("out",)
+    spec: Spec,
+    inputs: Mapping[str, Any],
+    *,
+    engine: str = "reference",
+    dtype: Any = None,
+    want: Sequence[str] = ("out",),
 ) -> Outputs:
     """Outputs of a variant: `want` names them ("out", "lse", ...); arrays of the kind and dtype of the first input.
 
     lse is natural, of the final logits, sink included: float64 for float64 input, else float32. The certified engine
     adds `status`, a code per element. Raises as `attention`.
     """
-    given = {name: a for name, a in inputs.items() if a is not None}
-    results = _run(spec, _numpy(given), engine, dtype, tuple(want))
+    given = _present("inputs", inputs)
+    results = _run(spec, _numpy(given), engine, dtype, _names("want", want))
     like = next(iter(given.values()), None)
     return Outputs({name: from_numpy(a, like) for name, a in results.items()}, results.status)
 
@@ -142,18 +148,22 @@ def vjp(
 
     `outputs` of an earlier `evaluate` (out and lse) spare an engine its forward pass. Raises as `attention`.
     """
-    given = {name: a for name, a in inputs.items() if a is not None}
+    given, duals = _present("inputs", inputs), _present("cotangents", cotangents)
     problem = build(spec, _numpy(given), dtype, ("out",))
     shapes = {name: _shape(a.dims, problem) for name, a in problem.variant.outputs(problem.spec).items()}
-    weights = {name: to_numpy(c, f"d{name}") for name, c in cotangents.items()}
+    weights = {name: to_numpy(c, f"d{name}") for name, c in duals.items()}
+    if not weights:
+        raise ShapeError(f"cotangents are empty: give that of at least one output of {shapes}")
     for name, c in weights.items():
         if shapes.get(name) != c.shape:
-            raise ShapeError(f"cotangent of {name!r} has shape {c.shape}; expected one of {shapes}")
+            raise ShapeError(f"cotangent of {name!r} has shape {c.shape}; expected one of {shapes}, by these names")
+        if not is_kind(c.dtype, "real"):
+            raise DTypeError(f"cotangent of {name!r} is {c.dtype}; expected a real dtype, such as that of the output")
     real = tuple(problem.real_inputs())
-    names = real if wrt is None else tuple(wrt)
+    names = real if wrt is None else _names("wrt", wrt)
     if set(names) - set(real):
         raise SpecError(f"wrt names {sorted(set(names) - set(real))}, but the real inputs given are {list(real)}")
-    saved = None if outputs is None else {name: to_numpy(a, name) for name, a in outputs.items()}
+    saved = None if outputs is None else _numpy(_present("outputs", outputs))
     found = _engine(engine, problem).vjp(problem, weights, names, saved)
     kept = _rounded(Outputs({f"d{n}": found[f"d{n}"] for n in names}, found.status), problem)
     like = next(iter(given.values()), None)
@@ -167,13 +177,18 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
     `sizes` are those of the signature: {"B": 1, "Hq": 8, "Hkv": 8, "Lq": 128, "Lk": 128, "D": 64, "Dv": 64}. The
     arrays that the spec requires are assumed, optional ones not.
     """
-    whole, module = registry.whole(spec)
+    whole, module = _whole(spec)
     signature = module.signature(whole)
+    sizes = _present("sizes", sizes)
     missing = sorted({d for a in signature.values() if not a.optional for d in a.dims.split()} - set(sizes))
     if missing:
         raise ShapeError(f"sizes lacks {', '.join(missing)}; the signature is\n{describe(signature)}")
+    for dim, size in sizes.items():
+        if type(size) is not int or size < 0:
+            raise ShapeError(f"sizes are integers from 0 on; given: {dim}={size!r}")
     kinds = {"real": format_of(dtype).numpy, "int": np.int64, "bool": bool}
-    inputs = {n: np.zeros([sizes[d] for d in a.dims.split()], kinds[a.kind]) for n, a in signature.items() if not a.optional}
+    needed = {n: a for n, a in signature.items() if not a.optional}
+    inputs = {n: np.zeros([sizes[d] for d in a.dims.split()], kinds[a.kind]) for n, a in needed.items()}
     problem = build(whole, inputs, dtype, ("out",))
     engines: dict[str, str | None] = {}
     for name in registry.ENGINES:
@@ -197,9 +212,7 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
 
 def build(spec: Spec, arrays: Mapping[str, Any], dtype: Any, want: tuple[str, ...]) -> Problem:
     """A checked Problem: shapes against the signature, options against the sizes."""
-    if not isinstance(spec, Spec):
-        raise SpecError(f"spec is a Spec such as refattn.SDPA() or refattn.ALiBi(); given: {type(spec).__name__}")
-    whole, module = registry.whole(spec)
+    whole, module = _whole(spec)
     sizes = check(module.signature(whole), arrays)
     resolved = module.resolve(whole, sizes)
     module.validate(resolved, arrays)
@@ -232,6 +245,25 @@ def _rounded(outputs: Outputs, problem: Problem) -> Outputs:
     return Outputs(
         {n: round_to(a, wide if n == "lse" else problem.dtype) for n, a in outputs.items()}, outputs.status
     )
+
+
+def _whole(spec: Any) -> tuple[Spec, Any]:
+    if not isinstance(spec, Spec):
+        raise SpecError(f"spec is a Spec such as refattn.SDPA() or refattn.ALiBi(); given: {type(spec).__name__}")
+    return registry.whole(spec)
+
+
+def _present(what: str, given: Any) -> dict[str, Any]:
+    """The entries of a mapping by name that are not None."""
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise SpecError(f"{what} is a mapping by name, such as {{'q': ...}}; given: {type(given).__name__}")
+    return {name: a for name, a in given.items() if a is not None}
+
+
+def _names(what: str, given: Any) -> tuple[str, ...]:
+    if isinstance(given, str) or not isinstance(given, Iterable) or not all(isinstance(n, str) for n in given):
+        raise SpecError(f"{what} is a sequence of names, such as ('out',); given: {given!r}")
+    return tuple(given)
 
 
 def _numpy(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -281,7 +281,7 @@ def softmax_attend(
     if sink is not None:
         s = concatenate([s, broadcast(reshape(sink, (1, heads, 1, 1)), (batch, heads, lq, 1))], -1)
         columns = np.concatenate([live, np.ones((batch, heads, lq, 1), bool)], -1)
-    empty, keyless = ~columns.any(-1), ~live.any(-1, keepdims=True)
+    empty, keyless = ~np.any(columns, -1), ~np.any(live, -1, keepdims=True)
     m = row_max(s, columns)
     p = where(columns, exp(where(columns, s - m, 0)), 0)
     z = where(empty, 1, total(p, -1))
@@ -290,8 +290,8 @@ def softmax_attend(
     w = stored(w if keep is None else w * keep)
     if bad.any():
         # On the weights of the live keys alone, so that forwards and backwards no other key hears of it.
-        w = w * where(live & bad.any(-1, keepdims=True), real(np.nan, s), real(1, s))
-        lse = lse * where(bad.any(-1), real(np.nan, s), real(1, s))
+        w = w * where(live & np.any(bad, -1, keepdims=True), real(np.nan, s), real(1, s))
+        lse = lse * where(np.any(bad, -1), real(np.nan, s), real(1, s))
     grouped = (batch, groups, heads // groups, lq)
     mean = einsum("bgrij,bgjd->bgrid", reshape(w, (*grouped, lk)), clean(v))
     mean, size = reshape(mean, (batch, heads, lq, dv)), reshape(z, (batch, heads, lq, 1))

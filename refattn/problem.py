@@ -19,13 +19,26 @@ from refattn.tape import Tape
 class Variant(Protocol):
     """What a module in `refattn.variants` offers; the registry reads it, nothing subclasses it.
 
-    A module may also offer `outputs(spec)`, `restrict(spec, x, rows)` and `operations(spec, sizes)`.
+    A module may also offer `cases()`, `restrict(spec, x, rows)` and `operations(spec, sizes)`.
     """
 
-    def signature(self, spec: Any) -> dict[str, Array]: ...
-    def resolve(self, spec: Any, sizes: Mapping[str, int]) -> Spec: ...
-    def reference(self, spec: Any, x: Mapping[str, Any], state: Any = None) -> dict[str, Any]: ...
-    def lower(self, spec: Any, x: Mapping[str, Any], state: Any = None) -> Plan: ...
+    def signature(self, spec: Any) -> dict[str, Array]:
+        """Arrays the spec takes."""
+
+    def outputs(self, spec: Any) -> dict[str, Array]:
+        """Arrays it gives."""
+
+    def resolve(self, spec: Any, sizes: Mapping[str, int]) -> Spec:
+        """Defaults as exact dyadic numbers."""
+
+    def validate(self, spec: Any, x: Mapping[str, Any]) -> None:
+        """Refuse what only the arrays together tell."""
+
+    def reference(self, spec: Any, x: Mapping[str, Any], state: Any = None) -> dict[str, Any]:
+        """The paper's formula, on whatever space the inputs are in."""
+
+    def lower(self, spec: Any, x: Mapping[str, Any], state: Any = None) -> Plan:
+        """The same problem as a plan: a second derivation."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,12 +104,19 @@ class Engine(Protocol):
         """The outputs asked for, in float64 (certified: rounded to odd)."""
 
     def vjp(
-        self, problem: Problem, cotangents: Mapping[str, NDArray[Any]], wrt: Sequence[str], outputs: Mapping[str, Any] | None
+        self,
+        problem: Problem,
+        cotangents: Mapping[str, NDArray[Any]],
+        wrt: Sequence[str],
+        outputs: Mapping[str, Any] | None = None,
     ) -> Outputs:
         """The outputs and the gradients d<name> for cotangents of outputs; saved `outputs` spare a forward pass."""
 
 
-_KINDS = {"real": "fV", "int": "iu", "bool": "b"}
+_KINDS = {"int": "iu", "bool": "b"}
+_NAMES = {"real": "a floating-point dtype", "int": "an integer dtype", "bool": "bool"}
+# Distances of positions are exact in int64 and in float64 within this.
+_FARTHEST = 2**52
 
 
 def check(signature: Mapping[str, Array], inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
@@ -124,8 +144,8 @@ def check(signature: Mapping[str, Array], inputs: Mapping[str, NDArray[Any]]) ->
                 raise ShapeError(wrong(f"missing array {name!r}"))
             continue
         given, dims = inputs[name], array.dims.split()
-        if not _is_kind(given.dtype, array.kind):
-            raise DTypeError(wrong(f"{name} is {given.dtype}, not {array.kind}"))
+        if not is_kind(given.dtype, array.kind):
+            raise DTypeError(wrong(f"{name} is {given.dtype}, where {_NAMES[array.kind]} is expected"))
         if array.broadcast:
             continue
         if given.ndim != len(dims):
@@ -140,8 +160,11 @@ def check(signature: Mapping[str, Array], inputs: Mapping[str, NDArray[Any]]) ->
     return sizes
 
 
-def _is_kind(dtype: np.dtype[Any], kind: str) -> bool:
-    return dtype.kind in _KINDS[kind] if kind != "real" else dtype.kind == "f" or dtype.name.startswith(("bfloat", "float8"))
+def is_kind(dtype: np.dtype[Any], kind: str) -> bool:
+    """Whether arrays of the dtype may stand where a signature says real, int or bool."""
+    if kind == "real":
+        return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float8"))
+    return dtype.kind in _KINDS[kind]
 
 
 def _broadcasts(shape: tuple[int, ...], dims: list[str], sizes: Mapping[str, int]) -> bool:
@@ -153,5 +176,7 @@ def _broadcasts(shape: tuple[int, ...], dims: list[str], sizes: Mapping[str, int
 
 def _check_domain(name: str, domain: str, given: NDArray[Any], sizes: Mapping[str, int]) -> None:
     kind, _, dim = domain.partition(":")
+    if kind == "positions" and given.size and max(-int(given.min()), int(given.max())) > _FARTHEST:
+        raise ShapeError(f"{name} must lie between -2^52 and 2^52; given: {given.min()} to {given.max()}")
     if kind == "lengths" and given.size and (given.min() < 0 or given.max() > sizes[dim]):
         raise ShapeError(f"{name} must lie between 0 and {dim} = {sizes[dim]}; given: {given.tolist()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -33,6 +34,20 @@ class Spec:
         return {"variant": self.variant} | {name: _encode(value) for name, value in given.items() if value is not None}
 
 
+def dyadic(name: str, value: Any) -> float:
+    """A Spec's real number as the double it is, from a Python or NumPy number that is one.
+
+    Raises
+    ------
+    SpecError
+        It is no number, not finite, or an integer that no double equals.
+    """
+    plain = value.item() if isinstance(value, np.generic) else value
+    if type(plain) in (float, int) and abs(plain) <= sys.float_info.max and float(plain) == plain:
+        return float(plain)
+    raise SpecError(f"{name} is a finite number that float64 holds; given: {value!r}")
+
+
 def _encode(value: Any) -> Any:
     if isinstance(value, Spec):
         return value.to_json()
@@ -58,7 +73,8 @@ def from_json(data: Mapping[str, Any], find: Callable[[str], type[Spec]]) -> Spe
     known = [f.name for f in fields(kind)]
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise SpecError(f"unknown field {unknown[0]!r} of variant {data['variant']!r}; its fields are {', '.join(known)}")
+        name = data["variant"]
+        raise SpecError(f"unknown field {unknown[0]!r} of variant {name!r}; its fields are {', '.join(known)}")
     return kind(**given)
 
 
@@ -114,7 +130,8 @@ class Outputs(Mapping[str, Any]):
     def __getattr__(self, name: str) -> Any:
         """The array of that name."""
         if name.startswith("_") or name not in self._arrays:
-            raise AttributeError(f"no output {name!r}; there are: {', '.join(self._arrays) or 'none'} (ask for it in want=)")
+            there = ", ".join(self._arrays) or "none"
+            raise AttributeError(f"no output {name!r}; there are: {there} (ask for it in want=)")
         return self._arrays[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -19,7 +19,6 @@ code, BLOOM and flash-attention (equal only without sink, softcap after it, or l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -33,7 +32,7 @@ from refattn.dtypes import nearest, root_of_two
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import real, reshape, where
 from refattn.plan import Bias, Slope, Table
-from refattn.spec import Array, Spec
+from refattn.spec import Array, Spec, dyadic
 from refattn.variants._place import Place
 
 Rule = Literal["interleaved", "geometric", "learned"]
@@ -51,20 +50,20 @@ class ALiBi(Spec):
     direction: Literal["symmetric", "half", "two_sided"] = "symmetric"
 
     def __post_init__(self) -> None:
-        if self.direction not in ("symmetric", "half", "two_sided"):
+        if not isinstance(self.direction, str) or self.direction not in ("symmetric", "half", "two_sided"):
             raise SpecError(f"direction is 'symmetric', 'half' or 'two_sided'; given: {self.direction!r}")
-        if self.slopes not in ("interleaved", "geometric", "learned"):
-            _check_numbers("slopes", self.slopes)
+        if not isinstance(self.slopes, str) or self.slopes not in ("interleaved", "geometric", "learned"):
+            object.__setattr__(self, "slopes", _numbers("slopes", self.slopes))
         if self.slopes_right is not None:
             if self.direction != "two_sided" or self.slopes == "learned":
                 raise SpecError("slopes_right needs direction='two_sided' and slopes that are not learned")
-            _check_numbers("slopes_right", self.slopes_right)
+            object.__setattr__(self, "slopes_right", _numbers("slopes_right", self.slopes_right))
 
 
-def _check_numbers(name: str, slopes: Any) -> None:
-    numbers = isinstance(slopes, tuple) and all(type(m) in (float, int) and math.isfinite(m) for m in slopes)
-    if not numbers:
+def _numbers(name: str, slopes: Any) -> tuple[float, ...]:
+    if not isinstance(slopes, tuple):
         raise SpecError(f"{name}: 'interleaved', 'geometric', 'learned' or a tuple of numbers; given: {slopes!r}")
+    return tuple(dyadic(f"a number of {name}", m) for m in slopes)
 
 
 def signature(spec: ALiBi) -> dict[str, Array]:
@@ -89,16 +88,15 @@ def resolve(spec: ALiBi, sizes: Mapping[str, int]) -> ALiBi:
     if spec.slopes == "learned":
         return spec
     if isinstance(spec.slopes, tuple):
-        slopes = tuple(float(m) for m in spec.slopes)
+        slopes = spec.slopes
     else:
         count = heads // 2 if spec.direction == "half" else heads
         one = tuple(nearest(root_of_two(-e), "float32") for e in rule(spec.slopes, count))
         slopes = one * 2 if spec.direction == "half" else one
-    right = spec.slopes_right if spec.slopes_right is None else tuple(float(m) for m in spec.slopes_right)
-    for name, given in (("slopes", slopes), ("slopes_right", right)):
+    for name, given in (("slopes", slopes), ("slopes_right", spec.slopes_right)):
         if given is not None and len(given) != heads:
             raise ShapeError(f"{name} holds {len(given)} numbers for Hq={heads} heads: give one a head")
-    return replace(spec, slopes=slopes, slopes_right=right)
+    return replace(spec, slopes=slopes)
 
 
 def term(spec: ALiBi, x: Mapping[str, Any], at: Place) -> tuple[Any, NDArray[np.bool_] | None]:

@@ -251,8 +251,8 @@ def test_the_absolute_form_is_equal_only_without_sink_and_later_softcap(rng, ext
     ("options", "message"),
     [
         ({"slopes": "linear"}, "'interleaved', 'geometric', 'learned'"),
-        ({"slopes": (1.0, math.nan)}, "tuple of numbers"),
-        ({"slopes": (True,)}, "tuple of numbers"),
+        ({"slopes": (1.0, math.nan)}, "a number of slopes is a finite number"),
+        ({"slopes": (True,)}, "a number of slopes is a finite number"),
         ({"slopes": [0.5]}, "tuple of numbers"),
         ({"direction": "left"}, "'symmetric', 'half' or 'two_sided'"),
         ({"slopes_right": (0.5,)}, "direction='two_sided'"),
