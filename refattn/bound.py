@@ -1,9 +1,12 @@
 r"""Running error bounds: float64 values, each with a bound on how far a finite-precision evaluation may stray.
 
-One space with two uses. Under the profile FLOAT64 it bounds the float64 evaluation itself, in an arithmetic that
-shares nothing with balls: its own exponential, no vendor's function trusted. Under a kernel's profile (float32,
+One space with two uses. Under the profile FLOAT64 it bounds its own float64 evaluation, in an arithmetic that shares
+nothing with balls: its own exponential and logarithm, no vendor's function trusted. Under a kernel's profile (float32,
 flash-bf16, flash-f16) it is the published hard bound: what any kernel of that precision may be off by, whatever its
 order of summation. docs/tolerance.md derives every rule below.
+
+The invariant of every rule: the exact value, and what an evaluation under the profile may find, are at most e apart;
+and so are the exact value and the centre x, which is such an evaluation.
 
 Every operation is elementwise or a sum in index order, so the same bits come out on every IEEE machine.
 """
@@ -19,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn.errors import DTypeError
-from refattn.exponential import EXP_ERROR, exp64
+from refattn.exponential import EXP_ERROR, LOG_ERROR, exp64, log64
 from refattn.numeric import Bools, Value, contraction
 
 Floats = NDArray[np.float64]
@@ -31,25 +34,34 @@ _U64 = 2.0**-53
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """A declared precision.
+    """What a kernel may do; docs/tolerance.md says it in words.
 
-    unit: roundoff of products, sums and quotients; tiny: absolute error of a result that underflows; exponential,
-    logarithm, hyperbolic: relative errors of those functions; storage, storage_tiny: roundoff and underflow of results
-    that a kernel may keep in its storage type (numeric.stored); rescale: roundings per term beyond the sum's own, for
-    a running maximum; shift: roundings of the row maximum or log-sum-exp that is subtracted.
+    unit: roundoff of products, quotients and results; accumulation: of sums (2·unit where they may truncate); tiny:
+    what a flushed result loses; largest: magnitude from which a kernel may overflow. exponential, logarithm,
+    hyperbolic: relative errors of those functions. In units of roundoff: term, of each addend of a sum of two, which
+    may be converted to base 2 and added in any order; argument, of an exponent; shift, of the row maximum or
+    log-sum-exp subtracted; extra, per sum; rescale, per sixteen keys, for a running maximum; saved, per power of two
+    of the terms of a sum whose logarithm is saved and read back. storage, storage_tiny, storage_largest: roundoff,
+    underflow and overflow of what may be kept in the storage type (numeric.stored).
     """
 
     name: str
     unit: float
+    accumulation: float
     tiny: float
-    exponential: float
-    logarithm: float
-    hyperbolic: float
+    largest: float
+    exponential: float = 0.0
+    logarithm: float = 0.0
+    hyperbolic: float = 0.0
+    term: int = 0
+    argument: int = 0
+    shift: int = 0
+    extra: int = 0
+    rescale: int = 0
+    saved: int = 0
     storage: float = 0.0
     storage_tiny: float = 0.0
-    rescale: float = 0.0
-    extra: float = 0.0
-    shift: float = 0.0
+    storage_largest: float = np.inf
 
 
 class Bounded(Value):
@@ -62,7 +74,9 @@ class Bounded(Value):
 
     def __init__(self, space: BoundSpace, x: Any, e: Any, settled: bool = False) -> None:
         self.space, self.x, self.settled = space, np.asarray(x, np.float64), settled
-        self.e = np.broadcast_to(np.asarray(e, np.float64), self.x.shape)
+        e = np.asarray(e, np.float64)
+        # Only infinite bounds make a NaN here: nothing is promised any more.
+        self.e = np.broadcast_to(np.where(np.isnan(e), np.inf, e), self.x.shape)
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -85,71 +99,79 @@ class BoundSpace:
         raise DTypeError(f"a {type(value).__name__} in a bounded formula: lift exact numbers with numeric.real")
 
     def real(self, value: Any) -> Bounded:
-        """Doubles and integers below 2^53 are exact; a Fraction is rounded once."""
+        """Exact where the kernel's format holds the number, else one rounding; subnormal numbers may be flushed."""
+        p = self.profile
         if isinstance(value, Fraction):
-            x = value.numerator / value.denominator
-            return Bounded(self, x, 0.0 if Fraction(x) == value else abs(x) * self.profile.unit)
-        return Bounded(self, np.asarray(value).astype(np.float64), 0.0)
+            quotient = value.numerator / value.denominator
+            return Bounded(self, quotient, 0.0 if Fraction(quotient) == value else abs(quotient) * p.unit + p.tiny)
+        x = np.asarray(value).astype(np.float64)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            held = x if p.unit <= _U64 else x.astype(np.float32).astype(np.float64)
+        e = np.where(held == x, 0.0, np.abs(x) * p.unit)
+        return Bounded(self, x, np.where(np.abs(x) < p.tiny, np.abs(x), e))
 
-    def _rounded(self, x: Floats, e: Any) -> Bounded:
-        """One more rounding of x: the unit relative, or the underflow."""
-        return Bounded(self, x, (e + self.profile.unit * (np.abs(x) + e) + self.profile.tiny) * _SLACK)
+    def _rounded(self, x: Floats, e: Any) -> Floats:
+        """The bound after one more rounding: the unit relative, or the underflow, or an overflow."""
+        p, size = self.profile, np.abs(x) + 2 * e
+        return np.where(size > p.largest, np.inf, (e + p.unit * size + p.tiny) * _SLACK)
 
     def add(self, a: Bounded, b: Bounded) -> Bounded:
-        """Errors add, then one rounding; adding an exact 0 is exact."""
-        x = a.x + b.x
-        kept = ((a.x == 0) & (a.e == 0)) | ((b.x == 0) & (b.e == 0))
-        full = self._rounded(x, a.e + b.e)
-        return Bounded(self, x, np.where(kept, a.e + b.e, full.e))
+        """Errors add, then the roundings of both terms and of the sum; adding an exact 0 is exact."""
+        x, e = a.x + b.x, a.e + b.e
+        kept = _zero(a) | _zero(b)
+        terms = self.profile.term * self.profile.unit * (np.abs(a.x) + np.abs(b.x) + 2 * e)
+        return Bounded(self, x, np.where(kept, e, self._rounded(x, e + terms)))
 
     def sub(self, a: Bounded, b: Bounded) -> Bounded:
         """As a sum."""
         return self.add(a, Bounded(self, -b.x, b.e))
 
     def mul(self, a: Bounded, b: Bounded) -> Bounded:
-        """|a| e_b + |b| e_a + e_a e_b, then one rounding; a product by an exact 0, 1 or −1 is exact."""
+        """|a| e_b + |b| e_a + 3 e_a e_b, then one rounding; a product by an exact 0, 1 or −1 is exact."""
         x = a.x * b.x
-        e = np.abs(a.x) * b.e + np.abs(b.x) * a.e + a.e * b.e
-        kept = _unit_factor(a) | _unit_factor(b)
-        return Bounded(self, x, np.where(kept, e * _SLACK, self._rounded(x, e).e))
+        e = np.abs(a.x) * b.e + np.abs(b.x) * a.e + 3 * a.e * b.e
+        kept = _zero(a) | _zero(b) | _one(a) | _one(b)
+        return Bounded(self, x, np.where(kept, e * _SLACK, self._rounded(x, e)))
 
     def div(self, a: Bounded, b: Bounded) -> Bounded:
-        """(e_a + |a/b| e_b) / (|b| − e_b), then one rounding; division by an exact 1 is exact."""
-        with np.errstate(divide="ignore", invalid="ignore"):
+        """(e_a + |a/b| e_b) / |b| with the least |b|, then one rounding; 0 divided and division by 1 are exact."""
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             x = a.x / b.x
-            room = np.maximum(np.abs(b.x) - b.e, 0.0)
-            e = np.where((a.e == 0) & (b.e == 0), 0.0, (a.e + np.abs(x) * b.e) / room)
-        kept = (np.abs(b.x) == 1) & (b.e == 0)
-        return Bounded(self, x, np.where(kept, a.e, self._rounded(x, e * _SLACK).e))
+            quotient = (np.abs(a.x) + a.e) / np.maximum(np.abs(b.x) - b.e, 0.0)
+            room = np.maximum(np.abs(b.x) - 2 * b.e, 0.0)
+            e = np.where((a.e == 0) & (b.e == 0), 0.0, (a.e + quotient * b.e) / room)
+        kept = _one(b) | (_zero(a) & (room > 0))
+        return Bounded(self, x, np.where(kept, a.e, self._rounded(x, e * _SLACK)))
 
     def exp(self, x: Bounded) -> Bounded:
-        """E^x (e^e_x − 1), the error of the function, and one rounding of its argument."""
+        """E^x e^e_x (e^t (1 + ε) − 1), where t holds e_x and the roundings of the argument, ε the function's error."""
+        p = self.profile
         y = exp64(np.minimum(x.x, 709.0))
-        stray = x.e + self.profile.unit * np.abs(x.x)
-        grow = exp64(np.minimum(stray, 700.0)) * (1 + EXP_ERROR)
-        growth = np.where(stray < 0.5, stray * (1 + stray), grow - 1)  # noqa: PLR2004
-        e = y * (1 + EXP_ERROR) * (growth + (1 + growth) * self.profile.exponential) + y * EXP_ERROR + self.profile.tiny
-        exact = (x.x == 0) & (x.e == 0)
-        return Bounded(self, np.where(exact, 1.0, y), np.where(exact, 0.0, e * _SLACK))
+        stray = x.e + p.argument * p.unit * (np.abs(x.x) + 2 * x.e)
+        growth = _growth(stray)
+        relative = (1 + _growth(x.e)) * (growth + (1 + growth) * p.exponential)
+        e = (y * (1 + EXP_ERROR) * relative + y * EXP_ERROR + p.tiny) * _SLACK
+        e = np.where((x.x > 709.0) | (stray > 700.0), np.inf, e)
+        exact = _zero(x)
+        return Bounded(self, np.where(exact, 1.0, y), np.where(exact, 0.0, e))
 
     def log(self, x: Bounded) -> Bounded:
-        """A guess y from NumPy, mended by log x = y + log(x e^−y); its error is bounded by what the mending shows."""
-        guess = np.log(x.x)
-        rest = x.x * exp64(-guess) - 1
-        own = rest * rest + 4 * EXP_ERROR
-        e = x.e / np.maximum(x.x - x.e, 0.0) if np.any(x.e) else np.zeros(x.shape)
-        y = guess + rest
-        total = e + own + (self.profile.logarithm + _U64) * (np.abs(y) + 1)
-        exact = (x.x == 1) & (x.e == 0)
-        return Bounded(self, np.where(exact, 0.0, y), np.where(exact, 0.0, total * _SLACK))
+        """E / (x − 2e), and the function's error, which near x = 1 may be absolute; log 1 is exact."""
+        p = self.profile
+        y = log64(x.x)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            e = np.where(x.e == 0, 0.0, x.e / np.maximum(x.x - 2 * x.e, 0.0))
+        total = e + LOG_ERROR * np.abs(y) + p.logarithm * (np.abs(y) + 2 * e + 1)
+        return Bounded(self, y, np.where(_one(x) & (x.x > 0), 0.0, total * _SLACK))
 
     def tanh(self, x: Bounded) -> Bounded:
-        """1 − 2/(e^2x + 1) with |tanh'| ≤ 1; absolute errors, as a cap needs them."""
-        size = np.abs(x.x)
-        y = np.copysign(1 - 2 / (exp64(2 * np.minimum(size, 350.0)) + 1), x.x)
-        y = np.where(size < 2.0**-28, x.x, y)
-        e = x.e + self.profile.hyperbolic * np.abs(y) + np.where(size < 2.0**-28, size * 2.0**-56, 8 * _U64) * (size > 0)
-        return Bounded(self, y, e * _SLACK)
+        """1 − 2/(e^2x + 1), which is right within 8 units; |tanh'| ≤ 1; absolute errors, as a cap needs them."""
+        p, size = self.profile, np.abs(x.x)
+        small = size < 2.0**-28
+        y = np.where(small, x.x, np.copysign(1 - 2 / (exp64(2 * np.minimum(size, 350.0)) + 1), x.x))
+        e = x.e + np.where(small, size * 2.0**-56, 8 * _U64)
+        e = (e + p.hyperbolic * np.minimum(np.abs(y) + 2 * e, 1.0) + p.tiny) * _SLACK
+        return Bounded(self, y, np.where(_zero(x), 0.0, e))
 
     def reshape(self, x: Bounded, shape: tuple[int, ...]) -> Bounded:
         """Another shape."""
@@ -173,7 +195,7 @@ class BoundSpace:
 
     def concatenate(self, parts: Sequence[Bounded], axis: int) -> Bounded:
         """Joined along an axis."""
-        return Bounded(self, *(np.concatenate([getattr(p, side) for p in parts], axis) for side in ("x", "e")))
+        return Bounded(self, np.concatenate([p.x for p in parts], axis), np.concatenate([p.e for p in parts], axis))
 
     def where(self, condition: Bools, a: Bounded, b: Bounded) -> Bounded:
         """Entry and bound of the side chosen."""
@@ -187,25 +209,29 @@ class BoundSpace:
         """Of the values."""
         return np.isneginf(x.x)
 
-    def _gamma(self, terms: Floats | int) -> Any:
-        """Relative error of a sum of so many rounded terms, in any order."""
-        roundings = (1 + self.profile.rescale) * np.asarray(terms, np.float64) + self.profile.extra
-        n = roundings * self.profile.unit
-        return np.where(n < 0.5, n / np.maximum(1 - n, 0.5), np.inf)  # noqa: PLR2004
+    def _gamma(self, terms: Floats, length: int, saved: Any = 0.0) -> Floats:
+        """Relative error of a sum of so many rounded terms out of a length, in any order."""
+        p = self.profile
+        n = (terms + p.rescale * np.minimum(terms, length // 16) + p.extra + saved) * p.accumulation
+        return np.where(n < 0.5, n / np.maximum(1 - n, 0.5), np.inf)
 
     def sum(self, x: Bounded, axis: Any, keepdims: bool) -> Bounded:
         """Errors add; γ of the count of terms that are not exactly 0, times the sum of magnitudes."""
+        p = self.profile
         axes = sorted(int(i) for i in np.arange(x.ndim)[np.atleast_1d(axis)])
-        terms = _ordered_sum(((x.x != 0) | (x.e != 0)).astype(np.float64), axes)
-        magnitude = _ordered_sum(np.abs(x.x) + x.e, axes)
-        gamma = np.where(terms > 1, self._gamma(terms), 0.0)
-        total = _ordered_sum(x.x, axes)
-        e = (_ordered_sum(x.e, axes) + gamma * magnitude + np.where(terms > 1, terms, 0) * self.profile.tiny) * _SLACK
+        length = int(np.prod([x.shape[i] for i in axes], dtype=np.int64))
+        terms = _ordered_sum((~_zero(x)).astype(np.float64), axes)
+        total, strayed = _ordered_sum(x.x, axes), _ordered_sum(x.e, axes)
+        size = _ordered_sum(np.abs(x.x), axes) + 2 * strayed
+        gamma = self._gamma(terms, length, p.saved * (1 + np.frexp(terms)[1]))
+        e = (strayed + gamma * size + 3 * terms * p.tiny) * _SLACK
+        e = np.where(terms > 1, np.where(size > p.largest, np.inf, e), strayed)
         shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape)) if keepdims else total.shape
         return Bounded(self, total.reshape(shape), e.reshape(shape))
 
     def einsum(self, letters: str, a: Bounded, b: Bounded) -> Bounded:
         """Errors of the factors, and γ of the count of products that are not exactly 0, times Σ |a| |b|."""
+        p = self.profile
         c = contraction(letters, a.shape, b.shape)
 
         def left(array: Any) -> Any:
@@ -216,15 +242,17 @@ class BoundSpace:
 
         ax, ae, bx, be = left(a.x), left(a.e), right(b.x), right(b.e)
         x = _ordered_matmul(ax, bx)
-        size_a, size_b = np.abs(ax), np.abs(bx)
+        most_a, most_b = np.abs(ax) + ae, np.abs(bx) + be
         e = np.zeros(x.shape)
         if be.any():
-            e = e + _ordered_matmul(size_a + ae, be)
+            e = e + _ordered_matmul(most_a, be)
         if ae.any():
-            e = e + _ordered_matmul(ae, size_b)
+            e = e + _ordered_matmul(ae, most_b + be)
+        # Counts below 2^53 are exact whatever the order in which a matrix product adds them.
         terms = ((ax != 0) | (ae != 0)).astype(np.float64) @ ((bx != 0) | (be != 0)).astype(np.float64)
-        magnitude = _ordered_matmul(size_a + ae, size_b + be) if ae.any() or be.any() else _ordered_matmul(size_a, size_b)
-        e = (e + self._gamma(terms) * magnitude * (terms > 0) + terms * self.profile.tiny) * _SLACK
+        size = _ordered_matmul(most_a + ae, most_b + be)
+        e = (e + np.where(terms > 0, self._gamma(terms, c.a_shape[2]) * size, 0.0) + 3 * terms * p.tiny) * _SLACK
+        e = np.where(size > p.largest, np.inf, e)
         return Bounded(self, x.reshape(c.shape).transpose(c.axes), e.reshape(c.shape).transpose(c.axes))
 
     def row_max(self, x: Bounded, live: Bools) -> Bounded:
@@ -234,21 +262,34 @@ class BoundSpace:
         return Bounded(self, top, self.profile.shift * self.profile.unit * np.abs(top))
 
     def stored(self, x: Bounded, cotangent: bool) -> Bounded:
-        """One rounding to the storage type."""
+        """One rounding to the storage type; what is asked of the cotangent alone does nothing to the value."""
         p = self.profile
-        if not p.storage:
+        if cotangent or not p.storage:
             return x
-        e = x.e + p.storage * (np.abs(x.x) + x.e) + p.storage_tiny
-        return Bounded(self, x.x, np.where((x.x == 0) & (x.e == 0), 0.0, e * _SLACK), settled=True)
+        size = np.abs(x.x) + 2 * x.e
+        e = np.where(size > p.storage_largest, np.inf, (x.e + p.storage * size + p.storage_tiny) * _SLACK)
+        return Bounded(self, x.x, np.where(_zero(x), 0.0, e), settled=True)
 
     def stop(self, x: Bounded) -> Bounded:
         """The same."""
         return x
 
 
-def _unit_factor(a: Bounded) -> Bools:
-    found: Bools = ((a.x == 0) | (np.abs(a.x) == 1)) & (a.e == 0)
+def _zero(a: Bounded) -> Bools:
+    """Where a is 0 with no error at all."""
+    found: Bools = (a.x == 0) & (a.e == 0)
     return found
+
+
+def _one(a: Bounded) -> Bools:
+    """Where a is 1 or −1 with no error at all."""
+    found: Bools = (np.abs(a.x) == 1) & (a.e == 0)
+    return found
+
+
+def _growth(t: Any) -> Floats:
+    """E^t − 1 from above, for 0 ≤ t ≤ 700."""
+    return np.where(t < 0.5, t * (1 + t), exp64(np.minimum(t, 700.0)) * (1 + EXP_ERROR) - 1)
 
 
 def _ordered_sum(x: Floats, axes: Sequence[int]) -> Floats:
@@ -268,34 +309,37 @@ def _ordered_matmul(a: Floats, b: Floats) -> Floats:
 
 _FLUSH32 = 2.0**-126
 
-FLOAT64 = Profile(
-    name="float64",
-    unit=_U64,
-    tiny=2.0**-1074,
-    exponential=EXP_ERROR,
-    logarithm=0.0,
-    hyperbolic=2.0**-52,
-)
-# A float32 kernel: functions within 2 ulp, results below the smallest normal may be flushed, the running maximum
-# moves at most once in sixteen keys.
-FLOAT32 = Profile(
-    name="float32",
-    unit=2.0**-24,
-    tiny=_FLUSH32,
-    exponential=2.0**-22,
-    logarithm=2.0**-22,
-    hyperbolic=2.0**-22,
-    rescale=1 / 4,
-    extra=8,
-    shift=2,
-)
+# This module's own evaluation; the subnormal quantum 32 times over, for what underflows in computing a bound.
+FLOAT64 = Profile(name="float64-own", unit=_U64, accumulation=_U64, tiny=2.0**-1069, largest=np.finfo(np.float64).max)
 
 
-def _flash(name: str, storage: float, storage_tiny: float) -> Profile:
-    """float32 accumulation of 16-bit products, weights and score gradients stored in 16 bits."""
-    return Profile(**{**FLOAT32.__dict__, "name": name, "storage": storage, "storage_tiny": storage_tiny})
+def _kernel(name: str, unit: float, tiny: float, **storage: float) -> Profile:
+    """Functions within 2 ulp; results below the smallest normal may be flushed; a split or online softmax."""
+    error = 4 * unit
+    return Profile(
+        name=name,
+        unit=unit,
+        **{"accumulation": unit} | storage,
+        tiny=tiny,
+        largest=1 / tiny,
+        exponential=error,
+        logarithm=error,
+        hyperbolic=error,
+        term=3,
+        argument=2,
+        shift=2,
+        extra=12,
+        rescale=6,
+        saved=5,
+    )
 
 
-FLASH_BF16 = _flash("flash-bf16", 2.0**-8, _FLUSH32)
-FLASH_F16 = _flash("flash-f16", 2.0**-11, 2.0**-25)
-PROFILES = {p.name: p for p in (FLOAT64, FLOAT32, FLASH_BF16, FLASH_F16)}
+def _flash(name: str, **storage: float) -> Profile:
+    """16-bit products accumulated in float32, truncated as tensor cores do; weights and score gradients in 16 bits."""
+    return _kernel(name, 2.0**-24, _FLUSH32, accumulation=2.0**-23, **storage)
+
+
+FLOAT32 = _kernel("float32", 2.0**-24, _FLUSH32)
+FLASH_BF16 = _flash("flash-bf16", storage=2.0**-8, storage_tiny=_FLUSH32)
+FLASH_F16 = _flash("flash-f16", storage=2.0**-11, storage_tiny=2.0**-25, storage_largest=65519.0)
+PROFILES = {p.name: p for p in (_kernel("float64", _U64, 2.0**-1022), FLOAT32, FLASH_BF16, FLASH_F16)}
