@@ -33,7 +33,8 @@ def log_sum(f: Failure) -> Iterator[Alternative]:
             return values | {"lse": values["lse"] - maximum(problem, values)["lse"]}
 
     yield Alternative(key="lse_base_2", words="lse to base 2, where it is natural", after=base_2)
-    yield Alternative(key="lse_is_maximum", words="the row maximum for lse: the log of the sum is missing", after=maximum)
+    words = "the row maximum for lse: the log of the sum is missing"
+    yield Alternative(key="lse_is_maximum", words=words, after=maximum)
     words = "the log of the sum for lse: the row maximum is missing"
     yield Alternative(key="lse_lacks_maximum", words=words, after=without_maximum)
     if "sink" in f.arrays:
@@ -76,7 +77,8 @@ def empty_rows(f: Failure) -> Iterator[Alternative]:
     words = "the mean of V on rows that see nothing, where 0 is asked"
     yield Alternative(key="mean_of_values", words=words, after=mean, only=("out",))
     yield Alternative(key="mean_of_values", words=words, after=mean, only=("out", "dv"))
-    yield Alternative(key="nan_on_empty_rows", words="NaN on rows that see nothing, where 0 is asked", after=nan, only=("out",))
+    words = "NaN on rows that see nothing, where 0 is asked"
+    yield Alternative(key="nan_on_empty_rows", words=words, after=nan, only=("out",))
 
 
 def gradients(f: Failure) -> Iterator[Alternative]:
@@ -85,12 +87,11 @@ def gradients(f: Failure) -> Iterator[Alternative]:
     for name in ("dq", "dk"):
         if name in f.results:
             for factor, word in ((1 / spec.scale, "lacks the scale"), (spec.scale, "has the scale twice")):
-                key = f"{name}_scale"
-
                 def times(problem: Problem, values: Values, name: str = name, factor: float = factor) -> Values:
                     return values | {name: values[name] * factor}
 
-                yield Alternative(key=key, words=f"the right forward pass, but {name} {word}", after=times, only=(name,))
+                words = f"the right forward pass, but {name} {word}"
+                yield Alternative(key=f"{name}_scale", words=words, after=times, only=(name,))
     heads, groups = f.golden.sizes["Hq"], f.golden.sizes["Hkv"]
     if heads == groups or not {"dk", "dv"} & set(f.results):
         return

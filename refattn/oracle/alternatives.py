@@ -88,8 +88,8 @@ class Failure:
             found = reference.vjp(problem, self.duals, tuple(problem.real_inputs()))
         else:
             found = reference.run(problem)
-        values = dict(found) if other.after is None else other.after(problem, dict(found))
-        return {name: build.rows_of(case, name, a) for name, a in values.items()}
+        values = {name: build.rows_of(case, name, a) for name, a in found.items()}
+        return values if other.after is None else other.after(problem, values)
 
     def worst(self, values: Mapping[str, Floats], names: Iterable[str]) -> float:
         """Largest distance of the results from these values, in units of the case's bound and of its mean."""

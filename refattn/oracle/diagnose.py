@@ -19,6 +19,7 @@ from refattn.oracle.precision import PRECISION, accumulator
 from refattn.oracle.texts import TEXTS
 
 LIBRARY = (*SCORES, *TEXTS, *AFTERMATH, *PRECISION, *DROPPED)
+ROUNDING = "sums accumulated in "
 SEARCHED = 16  # failing cases, the smallest first, on which the whole library is tried
 
 
@@ -38,6 +39,15 @@ class Explanation:
     def __str__(self) -> str:
         """The sentence a line of the report shows."""
         return f"it computes {self.words} (worst error {self.before:.3g} of the bound becomes {self.after:.2g})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Words for each failing case by its name; what is true of the whole run; ids of the mistakes, most cases first."""
+
+    words: dict[str, str]
+    findings: tuple[str, ...]
+    mistakes: tuple[str, ...]
 
 
 def explanations(failure: Failure, found: Sequence[Comparison], keys: Iterable[str] = ()) -> list[Explanation]:
@@ -85,8 +95,8 @@ class Diagnosis:
         kept = {c.name: published(golden, c.name, results[c.name]) for c in found}
         self._failures.append((Failure(golden, kept), found))
 
-    def explain(self) -> tuple[dict[str, str], tuple[str, ...]]:
-        """Words for each failing case by its name, and the findings of the whole run."""
+    def explain(self) -> Verdict:
+        """Explain all failing cases together."""
         cases = sorted(self._failures, key=lambda pair: _work(pair[0].golden))
         agreed = {f.golden.name: explanations(f, found) for f, found in cases[:SEARCHED]}
         chosen = _cover(agreed)
@@ -97,12 +107,13 @@ class Diagnosis:
         for f, found in cases:
             best = next((e for key in chosen for e in agreed[f.golden.name] if e.key == key), None)
             if best is None:
-                words[f.golden.name] = accumulator(f) or _symptom(f, found)
+                words[f.golden.name] = _rounding(f, found) or _symptom(f, found)
             else:
                 words[f.golden.name] = str(best)
                 counts[best.key] += 1
                 first.setdefault(best.key, best.words)
-        return words, tuple(_findings(words, counts, first, len(cases)))
+        mistakes = tuple(key for key in chosen if counts[key])
+        return Verdict(words, tuple(_findings(words, counts, first, len(cases))), mistakes)
 
 
 def _cover(agreed: dict[str, list[Explanation]]) -> list[str]:
@@ -128,12 +139,19 @@ def _findings(words: dict[str, str], counts: dict[str, int], first: dict[str, st
     rest: dict[str, list[str]] = {}
     for name, text in words.items():
         if not text.startswith("it computes "):
-            rest.setdefault(text if text.startswith("sums ") else "", []).append(name)
+            rest.setdefault(text if text.startswith(ROUNDING) else "", []).append(name)
     for text, names in rest.items():
         if text:
             yield f"your output has {text}: {len(names)} of {total} failing cases"
         else:
-            yield f"{len(names)} of {total} failing cases differ in a way the library does not know: {names[0]}: {words[names[0]]}"
+            known = f"{len(names)} of {total} failing cases differ in a way the library does not know"
+            yield f"{known}: {names[0]}: {words[names[0]]}"
+
+
+def _rounding(f: Failure, found: Sequence[Comparison]) -> str:
+    """Words where out fails and its errors look like those of a short accumulator."""
+    short = accumulator(f) if any(c.name == "out" and c.verdict == "fail" for c in found) else ""
+    return short and f"{ROUNDING}{short}: errors of the size and spread of that rounding"
 
 
 def _symptom(f: Failure, found: Sequence[Comparison]) -> str:

@@ -56,7 +56,8 @@ def _mapping(returned: Any) -> dict[str, Any]:
     if isinstance(returned, Mapping):
         found = {name: a for name, a in returned.items() if a is not None}
     elif isinstance(returned, (tuple, list)) or returned is None:
-        raise DTypeError(f"a backend returns out, or a mapping such as {{'out': ..., 'lse': ...}}; it gave {type(returned).__name__}")
+        given = type(returned).__name__
+        raise DTypeError(f"a backend returns out, or a mapping such as {{'out': ..., 'lse': ...}}; it gave {given}")
     else:
         found = {"out": returned}
     if "out" not in found:

@@ -22,7 +22,7 @@ def alignment(f: Failure) -> Iterator[Alternative]:
     """Where the first query stands."""
     spec: Any = f.golden.spec
     places = {"top_left": "top-left", "bottom_right": "bottom-right"}
-    if spec.causal and f.golden.sizes["Lq"] != f.golden.sizes["Lk"] or "kv_lengths" in f.arrays:
+    if (spec.causal and f.golden.sizes["Lq"] != f.golden.sizes["Lk"]) or "kv_lengths" in f.arrays:
         other = "bottom_right" if spec.causal == "top_left" else "top_left"
         asked = places.get(spec.causal, "bottom-right")
         words = f"attention aligned {places[other]} where {asked} is asked"
@@ -36,10 +36,12 @@ def alignment(f: Failure) -> Iterator[Alternative]:
         words = "query i at key position i, where i + Lk − Lq is asked"
         yield Alternative(key="alignment", words=words, arrays={"q_positions": rows})
     if spec.causal:
-        yield Alternative(key="causal_ignored", words="attention without the causal mask", spec=replace(spec, causal=False))
+        words = "attention without the causal mask"
+        yield Alternative(key="causal_ignored", words=words, spec=replace(spec, causal=False))
         strict = {"q_positions": f.problem.plan.positions[0] - 1}
         if f.golden.rows is None and not spec.bias and not spec.window:
-            yield Alternative(key="causal_strict", words="causal attention that hides the query's own key", arrays=strict)
+            words = "causal attention that hides the query's own key"
+            yield Alternative(key="causal_strict", words=words, arrays=strict)
 
 
 def window(f: Failure) -> Iterator[Alternative]:

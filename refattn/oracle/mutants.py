@@ -242,11 +242,11 @@ class DqWithoutScale(Plain):
 class NoGroupSum(Plain):
     """Each query head overwrites its group's gradient."""
 
-    def backward(self, a: Any, r: Any, b: int, h: int, g: int, f: Any, dout: Any, dlse: Any) -> None:
+    def backward(self, a: Any, r: Any, f: Any, dout: Any, dlse: Any) -> None:
         """What the heads before have left is cleared."""
-        if h % a.group and f.rows[0] == 0:
-            r.dk[b, g], r.dv[b, g] = 0, 0
-        super().backward(a, r, b, h, g, f, dout, dlse)
+        if f.h % a.group and f.rows[0] == 0:
+            r.dk[f.b, f.g], r.dv[f.b, f.g] = 0, 0
+        super().backward(a, r, f, dout, dlse)
 
 
 @plant("sink_ignored")

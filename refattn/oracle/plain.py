@@ -26,26 +26,28 @@ class Plain:
         work = np.float64 if q.dtype == np.float64 else np.float32
         (batch, heads, lq, _), (_, groups, lk, dv) = q.shape, v.shape
         a = SimpleNamespace(
-            causal=causal, window=window, softcap=softcap, bias=bias, slopes=alibi_slopes, mask=mask, sink=sink, keep=keep,
-            segment_ids=segment_ids, q_lengths=q_lengths, kv_lengths=kv_lengths, q_positions=q_positions,
+            causal=causal, window=window, softcap=softcap, bias=bias, slopes=alibi_slopes, mask=mask, sink=sink,
+            keep=keep, segment_ids=segment_ids, q_lengths=q_lengths, kv_lengths=kv_lengths, q_positions=q_positions,
             k_positions=k_positions, work=work, group=heads // groups, groups=groups, lq=lq, lk=lk,
             scale=work(self.scale(q.shape[3], scale)),
         )  # fmt: skip
         r = SimpleNamespace(
-            out=np.zeros((batch, heads, lq, dv), work), lse=np.zeros((batch, heads, lq), work), dq=np.zeros(q.shape, work),
-            dk=np.zeros(k.shape, work), dv=np.zeros(v.shape, work), dsink=np.zeros(heads, work),
-            dslopes=np.zeros(heads, work), dbias=None if bias is None else np.zeros((1,) * (4 - bias.ndim) + bias.shape, work),
+            out=np.zeros((batch, heads, lq, dv), work), lse=np.zeros((batch, heads, lq), work),
+            dq=np.zeros(q.shape, work), dk=np.zeros(k.shape, work), dv=np.zeros(v.shape, work),
+            dsink=np.zeros(heads, work), dslopes=np.zeros(heads, work),
+            dbias=None if bias is None else np.zeros((1,) * (4 - bias.ndim) + bias.shape, work),
         )  # fmt: skip
         for b, h in np.ndindex(batch, heads):
             g = self.key_head(h, a)
             keys, values = k[b, g].astype(work), v[b, g].astype(work)
             for start in range(0, lq, ROWS):
                 rows = np.arange(start, min(start + ROWS, lq))
-                f = self.forward(a, b, h, rows, q[b, h, rows].astype(work), keys, values)
+                f = SimpleNamespace(b=b, h=h, g=g, rows=rows)
+                self.forward(a, f, q[b, h, rows].astype(work), keys, values)
                 r.out[b, h, rows], r.lse[b, h, rows] = f.out, f.lse
                 if dout is not None:
                     dl = np.zeros(len(rows), work) if dlse is None else dlse[b, h, rows].astype(work)
-                    self.backward(a, r, b, h, g, f, dout[b, h, rows].astype(work), dl)
+                    self.backward(a, r, f, dout[b, h, rows].astype(work), dl)
         return self.results(a, r, q.dtype, work, dout is not None)
 
     def results(self, a: Any, r: Any, dtype: Any, wide: Any, gradients: bool) -> dict[str, Any]:
@@ -145,9 +147,10 @@ class Plain:
         """What rows that see nothing give."""
         return np.zeros_like(f.out)
 
-    def forward(self, a: Any, b: int, h: int, rows: Any, q: Any, k: Any, v: Any) -> Any:
-        """A block of rows; what the gradients need is kept."""
-        f = SimpleNamespace(rows=rows, ahead=self.distance(a, b, rows), q=self.clean(q), k=self.clean(k), v=self.clean(v))
+    def forward(self, a: Any, f: Any, q: Any, k: Any, v: Any) -> None:
+        """The rows of head h of batch b that f names; out, lse and what the gradients need are put into f."""
+        b, h, rows = f.b, f.h, f.rows
+        f.ahead, f.q, f.k, f.v = self.distance(a, b, rows), self.clean(q), self.clean(k), self.clean(v)
         live, added = self.visible(a, b, h, rows, f.ahead), self.added(a, b, h, rows, f.ahead)
         live = live & ~np.isneginf(added)
         bad = live & (~np.isfinite(q).all(-1)[:, None] | ~np.isfinite(k).all(-1))
@@ -169,10 +172,10 @@ class Plain:
         f.spoiled = hit.any(1)
         f.out, f.lse = np.where(hit, np.nan, f.out), np.where(f.lost, np.nan, f.lse)
         f.p, f.at_sink = p / z[:, None], at_sink / z
-        return f
 
-    def backward(self, a: Any, r: Any, b: int, h: int, g: int, f: Any, dout: Any, dlse: Any) -> None:
+    def backward(self, a: Any, r: Any, f: Any, dout: Any, dlse: Any) -> None:
         """dS = P (dP − Σ P dP + dlse), and what follows from it, added to r."""
+        b, h, g = f.b, f.h, f.g
         p = f.p if f.keep is None else f.p * f.keep
         r.dv[b, g] += p.T @ dout + self.spread(f.live & f.lost[:, None], a.work)
         dp = dout @ f.v.T if f.keep is None else (dout @ f.v.T) * f.keep

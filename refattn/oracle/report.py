@@ -52,11 +52,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of a validation. `findings` says, for the whole run, what the backend does differently."""
+    """The outcome of a validation.
+
+    `findings` says, for the whole run, what the backend does differently; `mistakes` are the ids of the hypotheses
+    that explain it, the one that explains most cases first.
+    """
 
     target: str
     lines: tuple[Line, ...]
     findings: tuple[str, ...] = ()
+    mistakes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -89,8 +94,8 @@ class Report:
     def table(self) -> Table:
         """A rich table, one row a case."""
         table = Table(box=None)
-        for heading, side in (("case", "left"), ("ulp", "right"), ("of bound", "right"), ("verdict", "left"), ("", "left")):
-            table.add_column(heading, justify=side, overflow="fold")  # type: ignore[arg-type]
+        for heading in ("case", "ulp", "of bound", "verdict", ""):
+            table.add_column(heading, justify="right" if heading in ("ulp", "of bound") else "left", overflow="fold")
         for line in self.lines:
             table.add_row(*line.row(), style=None if line.verdict == "pass" else COLOURS[line.verdict])
         return table
@@ -101,7 +106,8 @@ class Report:
         for line in lines:
             for c in line["comparisons"]:
                 c["worst_ratio"] = "inf" if c["worst_ratio"] == float("inf") else c["worst_ratio"]
-        return {"target": self.target, "ok": self.ok, "summary": self.summary, "findings": list(self.findings), "cases": lines}
+        head = {"target": self.target, "ok": self.ok, "summary": self.summary}
+        return head | {"findings": list(self.findings), "mistakes": list(self.mistakes), "cases": lines}
 
     def __repr__(self) -> str:
         """The table and the findings as text."""

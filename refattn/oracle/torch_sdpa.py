@@ -37,8 +37,12 @@ def sdpa(
     native = bool(causal) and same_place and plain
     attn_mask = None
     if not (plain and (native or not causal)):
-        i, j = _positions(torch, lq, lk, causal, q_lengths, kv_lengths, q_positions, k_positions)
-        live = _live(torch, i, j, causal, window, mask)
+        # Query i stands at i + Lk − Lq, lengths taken per sequence; at i if top-left; or where it is told.
+        shift = (lk if kv_lengths is None else kv_lengths) - (lq if q_lengths is None else q_lengths)
+        offset = torch.as_tensor(0 if causal == "top_left" else shift).reshape(-1, 1)
+        i = _as_rows(torch.arange(lq) + offset if q_positions is None else q_positions, lq)[:, None, :, None]
+        j = _as_rows(torch.arange(lk) if k_positions is None else k_positions, lk)[:, None, None, :]
+        live = _live(torch, j - i, causal, window, mask)
         if segment_ids is not None:
             q_segment, k_segment = (torch.atleast_2d(s) for s in segment_ids)
             live = live & (q_segment[:, None, :, None] == k_segment[:, None, None, :])
@@ -46,41 +50,33 @@ def sdpa(
             live = live & (torch.arange(lq) < q_lengths[:, None])[:, None, :, None]
         if kv_lengths is not None:
             live = live & (torch.arange(lk) < kv_lengths[:, None])[:, None, None, :]
-        attn_mask = _mask(torch, live, i, j, bias, alibi_slopes).expand(batch, -1, lq, lk)
+        attn_mask = _mask(torch, live, j - i, bias, alibi_slopes).expand(batch, -1, lq, lk)
     attend = torch.nn.functional.scaled_dot_product_attention
     grouped = heads != k.shape[1]
     return attend(q, k, v, attn_mask=attn_mask, is_causal=native, scale=scale, enable_gqa=grouped)
 
 
-def _positions(
-    torch: Any, lq: int, lk: int, causal: Any, q_lengths: Any, kv_lengths: Any, q_positions: Any, k_positions: Any
-) -> tuple[Any, Any]:
-    """Positions (1 or B,1,Lq,1) of queries and (1 or B,1,1,Lk) of keys: query i stands at i + Lk − Lq, or at i."""
-    shift: Any = lk if kv_lengths is None else kv_lengths
-    shift = shift - (lq if q_lengths is None else q_lengths)
-    offset = torch.as_tensor(0 if causal == "top_left" else shift).reshape(-1, 1)
-    i = torch.arange(lq) + offset if q_positions is None else q_positions.reshape(-1, lq)
-    j = torch.arange(lk)[None] if k_positions is None else k_positions.reshape(-1, lk)
-    return i[:, None, :, None], j[:, None, None, :]
+def _as_rows(positions: Any, length: int) -> Any:
+    return positions.reshape(-1, length)
 
 
-def _live(torch: Any, i: Any, j: Any, causal: Any, window: Any, mask: Any) -> Any:
-    live = torch.ones_like(j - i, dtype=torch.bool)
+def _live(torch: Any, ahead: Any, causal: Any, window: Any, mask: Any) -> Any:
+    live = torch.ones_like(ahead, dtype=torch.bool)
     if causal:
-        live = live & (j <= i)
+        live = live & (ahead <= 0)
     left, right = window or (None, None)
     if left is not None:
-        live = live & (j >= i - left)
+        live = live & (ahead >= -left)
     if right is not None:
-        live = live & (j <= i + right)
+        live = live & (ahead <= right)
     return live if mask is None else live & mask
 
 
-def _mask(torch: Any, live: Any, i: Any, j: Any, bias: Any, slopes: Any) -> Any:
+def _mask(torch: Any, live: Any, ahead: Any, bias: Any, slopes: Any) -> Any:
     """A boolean mask where nothing is added to the logits, else the float32 sum of the biases, −∞ where masked."""
     wide = [b if b.dtype == torch.float64 else b.float() for b in (bias,) if b is not None]
     if slopes is not None:
-        wide.append(-slopes[:, None, None] * (j - i).abs())
+        wide.append(-slopes[:, None, None] * ahead.abs())
     if not wide:
         return live
     total = sum(wide[1:], wide[0])

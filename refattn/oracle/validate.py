@@ -87,9 +87,9 @@ def validate(
         lines.append(line)
         if progress is not None:
             progress(done, len(chosen), line)
-    words, findings = diagnosis.explain()
-    explained = tuple(replace(line, words=words.get(line.case, line.words)) for line in lines)
-    return Report(target.name, explained, findings)
+    verdict = diagnosis.explain()
+    explained = tuple(replace(line, words=verdict.words.get(line.case, line.words)) for line in lines)
+    return Report(target.name, explained, verdict.findings, verdict.mistakes)
 
 
 def _run(golden: Golden, fn: Callable[..., Any], takes: Declared, kind: str, diagnosis: Diagnosis) -> Line:

@@ -1,6 +1,6 @@
 """A small certified suite of its own: one case for every kind of mistake that the diagnosis must name."""
 
-from pathlib import Path
+import pytest
 
 from refattn import registry
 from refattn.case import Case, Edit, Recipe, Rows
@@ -12,14 +12,16 @@ SOME_MASKED = Recipe(kind="bernoulli", true=160)
 NAN = float("nan")
 
 
-def case(name, spec, heads=(4, 2), lengths=(24, 24), width=(16, 16), batch=1, **rest):
-    sizes = {"B": batch, "Hq": heads[0], "Hkv": heads[1], "Lq": lengths[0], "Lk": lengths[1], "D": width[0], "Dv": width[1]}
+def case(name, spec, *, heads=(4, 2), lengths=(24, 24), width=(16, 16), batch=1, **rest):
+    sizes = dict(zip(("B", "Hq", "Hkv", "Lq", "Lk", "D", "Dv"), (batch, *heads, *lengths, *width), strict=True))
     return Case(name=f"t/{name}", spec=spec, sizes=sizes, catches="a planted mistake", **rest)
 
 
-EMPTY = Recipe(kind="bernoulli", true=200, shape=(1, 1, 24, 24), edits=(Edit(at=(None, None, (3, 17), None), op="set", value=0.0),))
+NOTHING = Edit(at=(None, None, (3, 17), None), op="set", value=0.0)
+EMPTY = Recipe(kind="bernoulli", true=200, shape=(1, 1, 24, 24), edits=(NOTHING,))
 POISON = Recipe(edits=(Edit(at=(None, None, (20, 23), None), op="set", value=NAN),))
-LONG = {"lengths": (2049, 2049), "heads": (2, 1), "width": (16, 8), "rows": Rows(q=(0, 1, 1024, 1500, 2048), k=(0, 1023, 1024, 2048))}
+CHOSEN = Rows(q=(0, 1, 1024, 1500, 2048), k=(0, 1023, 1024, 2048))
+LONG = {"lengths": (2049, 2049), "heads": (2, 1), "width": (16, 8), "rows": CHOSEN}
 CASES = [
     case("plain", SDPA(), lengths=(33, 65)),
     case("top_left", SDPA(causal="top_left"), lengths=(17, 31)),
@@ -55,8 +57,10 @@ CASES = [
 ]
 
 
-def publish(folder: Path) -> Path:
-    """Build the cases and write them as a suite."""
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The cases, built and written as a suite."""
     built = {c.name: build(c) for c in CASES}
-    suite.publish(folder, {name: (b.manifest, b.tensors) for name, b in built.items()})
-    return folder
+    target = tmp_path_factory.mktemp("suite")
+    suite.publish(target, {name: (b.manifest, b.tensors) for name, b in built.items()})
+    return target
