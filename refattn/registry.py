@@ -72,7 +72,6 @@ def names() -> list[str]:
     return sorted(_locations())
 
 
-@cache
 def info(name: str) -> Info:
     """The variant or term of that name.
 
@@ -81,7 +80,7 @@ def info(name: str) -> Info:
     SpecError
         For an unknown name; the message lists the known ones.
     """
-    if name not in _locations():
+    if not isinstance(name, str) or name not in _locations():
         raise SpecError(f"unknown variant {name!r}; there are: {', '.join(names())}")
     return Info(name, importlib.import_module(_locations()[name]))
 

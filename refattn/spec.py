@@ -84,7 +84,10 @@ def _decode(value: Any, find: Callable[[str], type[Spec]]) -> Any:
     if isinstance(value, list):
         return tuple(_decode(item, find) for item in value)
     if isinstance(value, str) and _HEX_FLOAT.fullmatch(value):
-        return float.fromhex(value)
+        try:
+            return float.fromhex(value)
+        except OverflowError:
+            raise SpecError(f"{value} is beyond the largest float64") from None
     return value
 
 

@@ -285,7 +285,7 @@ def test_rotary_is_refused_in_words(x):
 def test_importing_refattn_imports_no_compiler_no_framework_and_no_variant():
     code = (
         "import sys, refattn\n"
-        "heavy = {'numba', 'llvmlite', 'flint', 'torch', 'jax', 'jsonschema', 'scipy', 'safetensors', 'typer', 'rich'}\n"
+        "heavy = {'numba', 'llvmlite', 'flint', 'torch', 'jax', 'jsonschema', 'scipy', 'safetensors', 'rich'}\n"
         "print(sorted(heavy & set(sys.modules)), [m for m in sys.modules if m.startswith('refattn.variants.')],"
         " [m for m in sys.modules if m.startswith(('refattn.engines.', 'refattn.golden', 'refattn.oracle'))])"
     )
