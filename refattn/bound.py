@@ -152,6 +152,8 @@ class BoundSpace:
         relative = (1 + _growth(x.e)) * (growth + (1 + growth) * p.exponential)
         e = (y * (1 + EXP_ERROR) * relative + y * EXP_ERROR + p.tiny) * _SLACK
         e = np.where((x.x > 709.0) | (stray > 700.0), np.inf, e)
+        # A finite −1e30 for a mask strays by far more than 700, and yet no exponential of it is above 2^-1074.
+        e = np.where(x.x + x.e + stray < -745.0, p.tiny + 2.0**-1074, e)
         exact = _zero(x)
         return Bounded(self, np.where(exact, 1.0, y), np.where(exact, 0.0, e))
 
