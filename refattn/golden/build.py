@@ -110,7 +110,7 @@ def _with_output_rounding(name: str, b: Bounded, problem: Problem) -> NDArray[np
 def _distance(certificate: certified.Certificate, plain: NDArray[np.float64]) -> float:
     """Worst distance between the float64 reference and the certified value, in units of the float64 bound."""
     ok = np.isfinite(certificate.value)
-    gap = np.abs(plain - certificate.value)[ok]
+    gap = np.abs(plain[ok] - certificate.value[ok])
     limit = (certificate.bound + np.spacing(np.abs(certificate.value)) + certificate.width)[ok]
     return float((gap / limit).max(initial=0.0))
 

@@ -17,19 +17,21 @@ k by √scale each.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from refattn.case import Case
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import clean, einsum, finite, minus_infinite, real, reshape, softmax_attend, tanh, where
 from refattn.plan import Dense, Score
-from refattn.spec import Array, Spec
+from refattn.spec import Array, Spec, dyadic
 from refattn.variants._place import lengths, per_sequence, place, segments, visible
+
+_ALIGNMENTS = ("top_left", "bottom_right")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +53,15 @@ class SDPA(Spec):
     def __post_init__(self) -> None:
         if isinstance(self.bias, Spec):
             object.__setattr__(self, "bias", (self.bias,))
-        if not isinstance(self.bias, tuple) or not all(isinstance(term, Spec) for term in self.bias):
+        if not isinstance(self.bias, tuple) or not all(_is_term(term) for term in self.bias):
             raise SpecError(f"bias takes Specs such as ALiBi(), the input 'bias' an array; given: {self.bias!r}")
-        if self.causal not in (False, True, "top_left", "bottom_right"):
+        if not (isinstance(self.causal, bool) or (isinstance(self.causal, str) and self.causal in _ALIGNMENTS)):
             raise SpecError(f"causal is False, True, 'top_left' or 'bottom_right'; given: {self.causal!r}")
         if self.window is not None:
             _check_window(self.window)
         for name in ("scale", "softcap", "keep_probability"):
-            _check_real(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, dyadic(name, getattr(self, name)))
         if self.softcap is not None and self.softcap <= 0:
             raise SpecError(f"softcap is a positive number or None; given: {self.softcap}")
         if self.keep_probability is not None and not 0 < self.keep_probability <= 1:
@@ -70,11 +73,6 @@ def _check_window(window: Any) -> None:
         raise SpecError(f"window is (left, right), integers or None, both ends inclusive; given: {window!r}")
     if any(w is not None and w < 0 for w in window):
         raise SpecError(f"window counts keys to the left and right, so neither may be negative; given: {window!r}")
-
-
-def _check_real(name: str, value: Any) -> None:
-    if value is not None and (type(value) not in (float, int) or not math.isfinite(value)):
-        raise SpecError(f"{name} is a finite Python number or None; given: {value!r}")
 
 
 def signature(spec: SDPA) -> dict[str, Array]:
@@ -117,10 +115,9 @@ def resolve(spec: SDPA, sizes: Mapping[str, int]) -> SDPA:
             )
         causal = "bottom_right"
     default = sqrt_reciprocal(sizes["D"]) if sizes["D"] else 1.0
-    scale = default if spec.scale is None else float(spec.scale)
+    scale = default if spec.scale is None else spec.scale
     terms = tuple(_module(term).resolve(term, sizes) for term in spec.bias)
-    softcap = None if spec.softcap is None else float(spec.softcap)
-    return replace(spec, causal=causal, scale=scale, bias=terms, softcap=softcap)
+    return replace(spec, causal=causal, scale=scale, bias=terms)
 
 
 def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
@@ -158,8 +155,8 @@ def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, 
 
     spoiled = ~s_ok
     if not (q_ok.all() and k_ok.all()):
-        bad_k = np.repeat(~k_ok.all(-1), heads // groups, axis=1)
-        spoiled = spoiled | ~q_ok.all(-1)[..., :, None] | bad_k[..., None, :]
+        bad_k = np.repeat(~np.all(k_ok, -1), heads // groups, axis=1)
+        spoiled = spoiled | ~np.all(q_ok, -1)[..., :, None] | bad_k[..., None, :]
     keep = None
     if spec.keep_probability is not None:
         keep = real(x["keep"].astype(np.int64), s) / real(spec.keep_probability, s)
@@ -210,10 +207,21 @@ def restrict(spec: SDPA, x: Mapping[str, Any], rows: tuple[int, ...]) -> dict[st
     return short
 
 
+def cases() -> Iterator[Case]:
+    """Golden cases, topic by topic."""
+    from refattn.variants._sdpa_cases import cases as listed
+
+    return listed()
+
+
 def operations(spec: SDPA, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Floating-point operations of the two products, forward, and bytes of one float64 score matrix."""
     pairs = sizes["B"] * sizes["Hq"] * sizes["Lq"] * sizes["Lk"]
     return 2 * pairs * (sizes["D"] + sizes["Dv"]), 8 * pairs
+
+
+def _is_term(term: Any) -> bool:
+    return isinstance(term, Spec) and hasattr(_module(term), "term")
 
 
 def _module(term: Spec) -> Any:

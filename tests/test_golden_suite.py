@@ -1,0 +1,309 @@
+"""The committed suite itself: what it covers, what it weighs, and that no lazy or mistaken backend could pass it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refattn import registry
+from refattn.case import Case
+from refattn.golden import flags, load, suite
+from refattn.golden import inputs as recipes
+from refattn.golden.build import problem_of, rows_of
+from refattn.golden.load import Golden, folder_of_suite
+
+CASES = suite.cases()
+NAMES = [case.name for case in CASES]
+KIB = 1024
+
+
+@cache
+def golden(name: str) -> Golden:
+    return load.load(name)
+
+
+def longest(case: Case) -> int:
+    return max(case.sizes["Lq"], case.sizes["Lk"])
+
+
+def lengths() -> set[int]:
+    return {case.sizes[d] for case in CASES for d in ("Lq", "Lk")}
+
+
+def wrong(result: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> bool:
+    """Whether a result lies outside the hard bound anywhere, or is not finite where the other is, or the reverse."""
+    result, expected = np.broadcast_arrays(result, expected)
+    same = (result == expected) | (np.isnan(result) & np.isnan(expected))
+    with np.errstate(invalid="ignore"):
+        near = np.abs(result - expected) <= bound
+    return not (same | near).all()
+
+
+# What the suite covers
+
+
+def test_the_committed_index_names_exactly_the_cases_of_the_registry() -> None:
+    assert load.names() == NAMES
+
+
+def test_there_are_at_least_a_hundred_cases_over_fifteen_input_families() -> None:
+    used = {flag for case in CASES for flag in case.flags}
+    assert len(CASES) >= 100
+    assert len(used & {name for name, flag in flags.FLAGS.items() if flag.family}) >= 15
+
+
+def test_the_three_storage_types_have_a_share_each_and_float64_has_cases() -> None:
+    count = Counter(case.dtype for case in CASES)
+    assert min(count[d] for d in ("float32", "bfloat16", "float16")) >= len(CASES) // 6
+    assert count["float64"] >= 2
+
+
+def test_a_quarter_of_the_cases_is_long_and_twelve_are_very_long() -> None:
+    assert sum(longest(case) >= 257 for case in CASES) >= len(CASES) / 4
+    very = [case for case in CASES if longest(case) >= 2049]
+    assert len(very) >= 12
+    assert all(case.rows is not None for case in very)
+
+
+def test_lengths_stand_on_both_sides_of_tile_sizes() -> None:
+    assert {1, 63, 65, 127, 129, 255, 257, 2049, 2050, 4097} <= lengths()
+
+
+def test_every_option_of_sdpa_and_alibi_occurs_alone_or_together() -> None:
+    used = Counter(flag for case in CASES for flag in set(case.flags))
+    options = (
+        "causal_top_left", "causal_bottom_right", "window", "softcap", "mask", "bias", "sink", "segments", "padding",
+        "zero_length", "positions", "keep_mask", "scale", "gqa", "mqa", "lse_cotangent", "alibi", "alibi_both_sides",
+        "alibi_half", "alibi_two_sided", "learned_slopes", "explicit_slopes", "geometric_slopes",
+        "heads_not_power_of_two",
+    )  # fmt: skip
+    assert [name for name in options if not used[name]] == []
+    heads = {case.sizes["Hq"] for case in CASES if "alibi" in case.flags}
+    assert {1, 2, 3, 6, 8, 12, 16, 40} <= heads
+
+
+def test_gradients_are_published_for_nearly_every_case() -> None:
+    without = {case.name for case in CASES if "vjp" not in case.want}
+    assert without == {
+        "alibi/forty_heads", "mask/live_nan", "numerics/constant_values", "numerics/equal_keys_causal",
+    }  # fmt: skip
+    published = {name for n in NAMES for name in golden(n).expected}
+    assert {"out", "lse", "dq", "dk", "dv", "dbias", "dsink", "dslopes", "dslopes_right"} <= published
+
+
+# What it weighs
+
+
+def test_the_files_stay_within_their_budget() -> None:
+    sizes = [path.stat().st_size for path in folder_of_suite().rglob("*") if path.is_file()]
+    assert sum(sizes) <= 4 * KIB * KIB
+    assert max(sizes) <= 128 * KIB
+
+
+# What is proved
+
+
+def test_only_the_constant_values_stay_enclosed() -> None:
+    enclosed = {(n, out) for n in NAMES for out, status in golden(n).status.items() if status == "enclosed"}
+    assert enclosed == {("numerics/constant_values", "out")}
+
+
+def test_every_bound_is_finite_and_not_negative() -> None:
+    for name in NAMES:
+        for output, bound in golden(name).bound.items():
+            assert np.isfinite(bound).all(), f"{name} {output}: a bound that no result can break"
+            assert (bound >= 0).all(), f"{name} {output}"
+
+
+def test_inputs_are_exact_in_the_dtype_and_have_the_recorded_hash() -> None:
+    # Both raise: materialise where a value is not exact, inputs() where a hash differs.
+    for name in NAMES:
+        case = golden(name)
+        for arrays in (case.inputs(), case.cotangents()):
+            kinds = {a.dtype.name for a in arrays.values() if a.dtype.kind not in "biu"}
+            assert kinds <= {case.dtype, "float32"}, name
+
+
+# Flags
+
+
+def test_every_flag_is_described_and_every_description_is_of_a_flag() -> None:
+    used = {flag for case in CASES for flag in case.flags}
+    assert used == set(flags.FLAGS)
+
+
+def test_flags_do_not_repeat_and_every_case_says_what_it_catches() -> None:
+    for case in CASES:
+        assert len(case.flags) == len(set(case.flags)), case.name
+        assert len(case.catches) > 20, case.name
+
+
+def test_the_page_shows_the_table_of_flags() -> None:
+    page = folder_of_suite().parents[1] / "docs" / "golden-suite.md"
+    assert flags.table() in page.read_text(encoding="utf-8"), "paste flags.table() into docs/golden-suite.md"
+
+
+# Null backends: each must fail every case, but where it is right
+
+Nulls = Mapping[str, np.ndarray]
+
+
+def null_outputs(case: Golden) -> Nulls:
+    """What backends that do not attend would give for `out`."""
+    heads, dv = case.sizes["Hq"], case.sizes["Dv"]
+    v = case.inputs()["v"].astype(np.float64)
+    v = np.repeat(np.where(np.isfinite(v), v, 0.0), heads // v.shape[1], axis=1)
+    out = case.expected["out"]
+    assert out.shape[1] == heads and out.shape[3] == dv
+    return {
+        "zeros": np.zeros_like(out),
+        "mean_of_values": np.broadcast_to(v.mean(axis=2, keepdims=True), out.shape),
+        "shuffled_rows": np.roll(out, 1, axis=2),
+        "keys_off_by_one": shifted_keys(case),
+    }
+
+
+def shifted_keys(case: Golden) -> np.ndarray:
+    """Result where key j − 1 is read for key j."""
+    arrays = case.inputs()
+    return reference(case.case(), arrays | {"k": np.roll(arrays["k"], 1, axis=2)})["out"]
+
+
+def reference(case: Case, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The float64 reference's published rows, on other arrays than the case's own."""
+    with np.errstate(all="ignore"):
+        return problem_of(case, dict(arrays)).evaluate(lambda a: a)
+
+
+# Where a null backend is right: by flag, with the reason.
+RIGHT = {
+    "zeros": {},
+    "mean_of_values": {
+        "single_key": "the mean of one value is the value",
+        "constant_values": "every mean is the same",
+        "equal_keys": "equal weights are what a mean is",
+    },
+    "shuffled_rows": {
+        "single_query": "one row has no other order",
+        "single_key": "every row is the only value",
+        "constant_values": "every row is that value",
+        "equal_keys": "every row is the mean of V",
+        "dominant_key": "every row is the dominant key's value",
+    },
+    "keys_off_by_one": {
+        "single_key": "there is no other key",
+        "constant_values": "weights do not show",
+        "equal_keys": "the other key is equal",
+        "one_visible_key": "a single weight is 1 whatever its key",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("null", RIGHT)
+def test_a_backend_that_does_not_attend_fails_every_case(null: str) -> None:
+    passed = [
+        name for name in NAMES
+        if not wrong(null_outputs(golden(name))[null], golden(name).expected["out"], golden(name).bound["out"])
+    ]  # fmt: skip
+    excused = {flag for name in passed for flag in set(golden(name).flags) & set(RIGHT[null])}
+    assert [name for name in passed if not set(golden(name).flags) & set(RIGHT[null])] == []
+    assert excused == set(RIGHT[null]), "an excuse that no case needs"
+
+
+# Mistakes in the options: whatever a case sets must be visible in out or lse
+
+Mistake = tuple[str, dict[str, Any], dict[str, Any]]
+
+
+def mistakes(case: Case) -> Iterator[Mistake]:
+    """What a backend may get wrong of the options that this case sets: label, arrays, changed fields of the spec."""
+    spec, arrays = registry.whole(case.spec)[0], recipes.inputs(case)
+    yield from ((f"without {name}", without(arrays, name), {}) for name in DROPPED if name in arrays)
+    if "keep" in arrays:
+        yield "without the keep-mask", without(arrays, "keep"), {"keep_probability": None}
+    if spec.causal:
+        last_row_only = case.sizes["Lq"] == 1 and spec.causal == "bottom_right"
+        if not last_row_only and (spec.window is None or spec.window[1] != 0):
+            yield "not causal", arrays, {"causal": False}
+        if case.sizes["Lq"] != case.sizes["Lk"] and "q_positions" not in arrays:
+            yield "other alignment", arrays, {"causal": ALIGNMENTS[spec.causal]}
+    if spec.window:
+        yield "no window", arrays, {"window": None}
+        left, right = spec.window
+        if left is not None:
+            yield "left end + 1", arrays, {"window": (left + 1, right)}
+        if right is not None and not spec.causal:
+            yield "right end + 1", arrays, {"window": (left, right + 1)}
+    if spec.softcap:
+        yield "no softcap", arrays, {"softcap": None}
+    if spec.scale:
+        yield "default scale", arrays, {"scale": None}
+    else:
+        yield "scale 1 % off", arrays, {"scale": 1.01 * case.sizes["D"] ** -0.5}
+    if spec.bias:
+        yield "no ALiBi", without(arrays, "slopes", "slopes_right"), {"bias": ()}
+    groups, heads = case.sizes["Hkv"], case.sizes["Hq"]
+    if 1 < groups < heads:
+        swapped = {name: arrays[name][:, np.arange(heads) % groups] for name in ("k", "v")}
+        yield "key head h mod Hkv", arrays | swapped, {}
+
+
+DROPPED = ("mask", "bias", "sink", "q_lengths", "kv_lengths", "q_segment_ids", "q_positions", "k_positions")
+ALIGNMENTS = {"top_left": "bottom_right", "bottom_right": "top_left"}
+PARTNER = {"q_segment_ids": "k_segment_ids"}
+
+
+def without(arrays: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    gone = {*names, *(PARTNER.get(name, name) for name in names)}
+    return {name: array for name, array in arrays.items() if name not in gone}
+
+
+def test_every_option_that_a_case_sets_is_visible_in_out_or_lse() -> None:
+    hidden = []
+    for case in CASES:
+        published = golden(case.name)
+        spec = registry.whole(case.spec)[0]
+        for label, arrays, changes in mistakes(case):
+            found = reference(replace(case, spec=replace(spec, **changes)), arrays)
+            if not any(wrong(found[n], published.expected[n], published.bound[n]) for n in ("out", "lse")):
+                hidden.append((case.name, label))
+    assert hidden == []
+
+
+# Gradients: 0 is no answer, and the cotangent of lse counts
+
+# Where dq and dk are 0, or as good as 0 within any kernel's bound: one weight is 1, or all keys pull alike.
+VANISHING = {"single_key", "one_visible_key", "dominant_key", "equal_keys"}
+
+
+def test_a_backend_whose_gradients_are_zero_fails_every_case() -> None:
+    passed = {
+        (name, output)
+        for name in NAMES
+        for output, expected in golden(name).expected.items()
+        if output.startswith("d") and not wrong(np.zeros(expected.shape), expected, golden(name).bound[output])
+    }
+    assert {output for _, output in passed} <= {"dq", "dk"}
+    assert [name for name, _ in sorted(passed) if not VANISHING & set(golden(name).flags)] == []
+
+
+def test_a_backend_that_ignores_the_cotangent_of_lse_is_caught() -> None:
+    hidden = []
+    for case in (case for case in CASES if "dlse" in case.cotangents):
+        published = golden(case.name)
+        problem = problem_of(case, recipes.inputs(case))
+        out_alone = {"out": recipes.cotangents(case)["out"]}
+        found = problem.differentiate(lambda a: a, out_alone, tuple(problem.real_inputs()))
+        moved = [n for n in found if n.startswith("d") and n != "dv"]
+        hidden += [
+            (case.name, n)
+            for n in moved
+            if not wrong(rows_of(case, n, found[n]), published.expected[n], published.bound[n])
+        ]
+    assert hidden == []
