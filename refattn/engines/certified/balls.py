@@ -12,15 +12,19 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from flint import arb, arb_mat, fmpq
+from flint import arb, arb_mat, ctx, fmpq
 from numpy.typing import NDArray
 
-from refattn.errors import DTypeError
+from refattn.errors import DTypeError, Undecided
 from refattn.numeric import Bools, Value, contraction
 
 _exp, _log, _tanh, _lift = (np.frompyfunc(f, 1, 1) for f in (arb.exp, arb.log, arb.tanh, arb))
 _midpoint, _radius, _float = (np.frompyfunc(f, 1, 1) for f in (arb.mid, arb.rad, float))
-_is_finite, _is_exact = (np.frompyfunc(f, 1, 1) for f in (arb.is_finite, arb.is_exact))
+_is_finite, _is_exact, _is_nan = (np.frompyfunc(f, 1, 1) for f in (arb.is_finite, arb.is_exact, arb.is_nan))
+_ZERO: Any = arb(0)
+_UNBOUNDED: Any = arb(0, float("inf"))
+# More bits than any precision tried, so that the ends of a ball are read off without a rounding that matters.
+_END_BITS = 8192
 
 
 class Balls(Value):
@@ -32,7 +36,7 @@ class Balls(Value):
         self._balls = balls
 
     @property
-    def space(self) -> BallSpace:  # type: ignore[override]
+    def space(self) -> BallSpace:
         """The one ball space."""
         return BALLS
 
@@ -44,19 +48,24 @@ class Balls(Value):
     def enclosure(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """(t, d, r): the exact value lies within r of t + d, where t is the double nearest to the midpoint.
 
-        r is 0 only where value and t + d are equal; elsewhere it is at least 2^-1074.
+        r is 0 only where value and t + d are equal; elsewhere it covers the roundings of d and of the radius too.
+        Where t is infinite and the ball is not, d says nothing and r is not 0.
         """
-        mid = _objects(_midpoint(self._balls))
+        mid: Any = _objects(_midpoint(self._balls))
         t = np.asarray(_float(mid), np.float64)
-        rest = _objects(np.where(np.isfinite(t), mid, arb(0)) - _lift(np.where(np.isfinite(t), t, 0.0)))
+        rest = _objects(np.where(np.isfinite(t), mid, _ZERO) - _lift(np.where(np.isfinite(t), t, 0.0)))
         d = np.asarray(_float(rest), np.float64)
-        exact = np.asarray(_is_exact(self._balls) & (rest == _lift(d)), bool)
+        back: Any = _lift(d)
+        exact = np.asarray(_is_exact(self._balls), bool) & np.asarray(rest == back, bool)
+        exact &= np.isfinite(t) | ~np.asarray(_is_finite(self._balls), bool)
         radius = np.asarray(_float(_radius(self._balls)), np.float64)
-        return t, d, np.where(exact, 0.0, radius * (1 + 2.0**-50) + np.abs(d) * 2.0**-50 + 2.0**-1074)
+        return t, d, np.where(exact, 0.0, radius * (1 + 2.0**-50) + np.abs(d) * 2.0**-50 + 2.0**-1072)
 
     def endpoints(self, where: Bools) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """Lower and upper ends as (significand, exponent) of the bounded balls chosen."""
-        return [tuple((int(m), int(e)) for m, e in (x.lower().man_exp(), x.upper().man_exp())) for x in self._balls[where]]  # type: ignore[misc]
+        with ctx.workprec(_END_BITS):
+            ends = [(x.lower().man_exp(), x.upper().man_exp()) for x in self._balls[where]]
+        return [((int(m), int(e)), (int(n), int(f))) for (m, e), (n, f) in ends]
 
 
 class BallSpace:
@@ -91,16 +100,16 @@ class BallSpace:
         return Balls(_objects(a._balls * b._balls))
 
     def div(self, a: Balls, b: Balls) -> Balls:
-        """Quotient."""
-        return Balls(_objects(a._balls / b._balls))
+        """Quotient; by a ball that holds 0, an unbounded ball."""
+        return _undetermined(_objects(a._balls / b._balls), a, b)
 
     def exp(self, x: Balls) -> Balls:
         """Exponential."""
         return Balls(_objects(_exp(x._balls)))
 
     def log(self, x: Balls) -> Balls:
-        """Logarithm."""
-        return Balls(_objects(_log(x._balls)))
+        """Logarithm; of a ball that holds 0, an unbounded ball."""
+        return _undetermined(_objects(_log(x._balls)), x)
 
     def tanh(self, x: Balls) -> Balls:
         """Hyperbolic tangent."""
@@ -132,14 +141,14 @@ class BallSpace:
 
     def sum(self, x: Balls, axis: Any, keepdims: bool) -> Balls:
         """Sum over axes; an empty sum is 0."""
-        return Balls(_objects(np.sum(x._balls, axis=axis, keepdims=keepdims, initial=arb(0))))
+        return Balls(_objects(np.sum(x._balls, axis=axis, keepdims=keepdims, initial=_ZERO)))
 
     def einsum(self, letters: str, a: Balls, b: Balls) -> Balls:
         """Batched products by `arb_mat`, which is exact where inputs are exact and the precision holds the sums."""
         c = contraction(letters, a.shape, b.shape)
         batch, m, k, n = *c.a_shape, c.b_shape[2]
         left, right = a._balls.transpose(c.a_axes).reshape(c.a_shape), b._balls.transpose(c.b_axes).reshape(c.b_shape)
-        out = np.full((batch, m, n), arb(0), dtype=object)
+        out = np.full((batch, m, n), _ZERO, dtype=object)
         for i in range(batch if m * k * n else 0):
             product = arb_mat(m, k, left[i].ravel().tolist()) * arb_mat(k, n, right[i].ravel().tolist())
             out[i] = np.array(product.entries(), dtype=object).reshape(m, n)
@@ -150,21 +159,30 @@ class BallSpace:
         return Balls(np.where(condition, a._balls, b._balls))
 
     def finite(self, x: Balls) -> Bools:
-        """Which balls are bounded."""
-        return np.asarray(_is_finite(x._balls), bool)
+        """Which balls are numbers; a ball of infinite radius may be one or not.
+
+        Raises
+        ------
+        Undecided
+            There is such a ball.
+        """
+        bounded = np.asarray(_is_finite(x._balls), bool)
+        if np.isfinite(np.asarray(_float(x._balls[~bounded]), np.float64)).any():
+            raise Undecided("a ball of infinite radius: more bits will tell whether it is a number")
+        return bounded
 
     def minus_infinite(self, x: Balls) -> Bools:
         """Which are exactly −∞."""
-        return np.isneginf(np.asarray(_float(x._balls), np.float64)) & (np.asarray(_float(_radius(x._balls))) == 0)
+        return np.isneginf(np.asarray(_float(x._balls), np.float64)) & ~self.finite(x)
 
     def row_max(self, x: Balls, live: Bools) -> Balls:
         """Exact midpoint of an entry whose double is largest; any choice is sound, for the shift cancels."""
         if not x.shape[-1]:
-            return Balls(np.full((*x.shape[:-1], 1), arb(0), dtype=object))
+            return Balls(np.full((*x.shape[:-1], 1), _ZERO, dtype=object))
         near = np.where(live, np.asarray(_float(x._balls), np.float64), -np.inf)
         best = np.argmax(near, axis=-1)[..., None]
         top = _objects(_midpoint(np.take_along_axis(x._balls, best, -1)))
-        return Balls(np.where(np.isneginf(np.take_along_axis(near, best, -1)), arb(0), top))
+        return Balls(np.where(np.isneginf(np.take_along_axis(near, best, -1)), _ZERO, top))
 
     def stored(self, x: Balls, cotangent: bool) -> Balls:
         """Balls store everything as it is."""
@@ -187,3 +205,11 @@ def _object(ball: arb) -> NDArray[np.object_]:
 def _objects(result: Any) -> NDArray[np.object_]:
     """Object ufuncs return the bare object for a scalar; arrays stay arrays."""
     return result if isinstance(result, np.ndarray) else _object(result)
+
+
+def _undetermined(result: NDArray[np.object_], *operands: Balls) -> Balls:
+    """NaN is what a NaN operand makes; where no operand is one, the result is unbounded, which more bits may mend."""
+    spoiled = np.asarray(_is_nan(result), bool)
+    for operand in operands if spoiled.any() else ():
+        spoiled = spoiled & ~np.asarray(_is_nan(operand._balls), bool)
+    return Balls(np.where(spoiled, _UNBOUNDED, result))

@@ -5,12 +5,13 @@ A double rounded to odd is the value itself if it is a double, else the neighbou
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.dtypes import odd
+from refattn.dtypes import nearest, odd
 from refattn.engines.certified.balls import Balls
 
 Floats = NDArray[np.float64]
@@ -46,25 +47,37 @@ def round_balls(balls: Balls, to_nearest: bool) -> Rounded:
     value = np.where(exact | is_odd, t, neighbour)
     status = np.where(exact, EXACT, np.where(decided, ROUNDED, ENCLOSED)).astype(np.uint8)
     status[np.isnan(t)] = PROPAGATED
+    settled = t + 0.0
     slow = (status == ENCLOSED) & ((size < _SMALL) | np.isinf(t)) & np.isfinite(r)
     if slow.any():
-        ends = [(odd(*low), odd(*high)) for low, high in balls.endpoints(slow)]
-        same = np.array([low == high for low, high in ends])
-        value[slow] = np.where(same, [low for low, _ in ends], t[slow])
+        ends = balls.endpoints(slow)
+        lower, upper = (np.array([(odd(*e[i]), _nearest(*e[i])) for e in ends]) for i in (0, 1))
+        agree = lower == upper
+        same = agree.all(1) if to_nearest else agree[:, 0]
+        value[slow] = np.where(same, lower[:, 0], t[slow])
+        settled[slow] = np.where(agree[:, 1], lower[:, 1], t[slow]) + 0.0
         status[slow] = np.where(same, ROUNDED, ENCLOSED)
     open_ = status == ENCLOSED
     value = np.where(open_, t, value) + 0.0
     value[np.isnan(t)] = np.nan
-    width = np.where(open_, np.nextafter(reach, np.inf), 0.0)
-    return Rounded(value, t + 0.0, status, width)
+    width = np.where(open_, np.where(np.isinf(t), np.inf, np.nextafter(reach, np.inf)), 0.0)
+    return Rounded(value, settled, status, width)
+
+
+def _nearest(man: int, exp: int) -> float:
+    """man·2^exp to nearest, ties to even; what is far beyond the doubles needs no rational of its size."""
+    top = man.bit_length() + exp
+    if top < -1100 or top > 1100:
+        return 0.0 if top < 0 else float(np.copysign(np.inf, man))
+    return nearest(man * Fraction(2) ** exp, "float64")
 
 
 def better(old: Rounded | None, new: Rounded) -> Rounded:
     """Elements already decided stay; the others take what more bits say."""
     if old is None:
         return new
-    still_open = old.status == ENCLOSED
-    return Rounded(*(np.where(still_open, b, a) for a, b in zip(old, new, strict=True)))
+    parts: Any = zip(old, new, strict=True)
+    return Rounded(*(np.where(old.status == ENCLOSED, b, a) for a, b in parts))
 
 
 def count(status: Any) -> dict[str, int]:
