@@ -52,7 +52,7 @@ def inward(
     ShapeError
         An array is missing, of another rank than the layout's, or not as long as the cumulative lengths say.
     """
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise LayoutError(f"layout is one of {', '.join(LAYOUTS)}; given: {layout!r}")
     if (layout == "thd") != (cu_seqlens_q is not None) or (layout != "thd" and cu_seqlens_k is not None):
         raise LayoutError(

@@ -143,7 +143,7 @@ def engine(name: str) -> Any:
     EngineUnavailable
         Where what it needs is not installed; the message names the extra.
     """
-    if name not in ENGINES:
+    if not isinstance(name, str) or name not in ENGINES:
         raise SpecError(f"unknown engine {name!r}; there are: {', '.join(ENGINES)}")
     try:
         return importlib.import_module(f"refattn.engines.{name}")

@@ -88,8 +88,10 @@ def test_a_real_of_any_number_type_is_the_double_it_is(name, value):
 
 @pytest.mark.parametrize(
     "value",
-    [True, np.True_, "0.5", None, 1j, math.nan, math.inf, -math.inf, np.float32(np.inf), 10**400, 2**53 + 1]
-    + [np.ones(1), [0.5], np.longdouble("0.1")],
+    [
+        *(True, np.True_, "0.5", None, 1j, np.ones(1), [0.5], np.longdouble("0.1")),
+        *(math.nan, math.inf, -math.inf, np.float32(np.inf), 10**400, 2**53 + 1),
+    ],
     ids=str,
 )
 def test_what_is_no_dyadic_number(value):
