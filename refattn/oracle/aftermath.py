@@ -115,7 +115,8 @@ def leak(f: Failure) -> Iterator[Alternative]:
     def spoil(problem: Problem, values: Values) -> Values:
         return {n: np.where(np.isfinite(f.results[n]), a, np.nan) if n in f.results else a for n, a in values.items()}
 
-    words = f"NaN from masked slots of {', '.join(foreign)}: 0 · NaN is NaN, so clean what is masked"
+    slots = ", ".join(foreign)
+    words = f"attention into which NaN leaks from masked slots of {slots} (0 · NaN is NaN: clean what is masked)"
     yield Alternative(key="leak", words=words, after=spoil)
 
 
