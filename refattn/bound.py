@@ -36,8 +36,8 @@ _U64 = 2.0**-53
 class Profile:
     """What a kernel may do; docs/tolerance.md says it in words.
 
-    unit: roundoff of products, quotients and results; accumulation: of sums (2·unit where they may truncate); tiny:
-    what a flushed result loses; largest: magnitude from which a kernel may overflow. exponential, logarithm,
+    unit: roundoff of products, quotients and sums; accumulation: of sums of products (2·unit where they may
+    truncate); tiny: what a flushed result loses; largest: magnitude from which a kernel may overflow. exponential, logarithm,
     hyperbolic: relative errors of those functions. In units of roundoff: term, of each addend of a sum of two, which
     may be converted to base 2 and added in any order; argument, of an exponent; shift, of the row maximum or
     log-sum-exp subtracted; extra, per sum; rescale, per sixteen keys, for a running maximum; saved, per power of two
@@ -211,10 +211,10 @@ class BoundSpace:
         """Of the values."""
         return np.isneginf(x.x)
 
-    def _gamma(self, terms: Floats, length: int, saved: Any = 0.0) -> Floats:
+    def _gamma(self, terms: Floats, length: int, unit: float, saved: Any = 0.0) -> Floats:
         """Relative error of a sum of so many rounded terms out of a length, in any order."""
         p = self.profile
-        n = (terms + p.rescale * np.minimum(terms, length // 16) + p.extra + saved) * p.accumulation
+        n = (terms + p.rescale * np.minimum(terms, length // 16) + p.extra + saved) * unit
         return np.where(n < 0.5, n / np.maximum(1 - n, 0.5), np.inf)
 
     def sum(self, x: Bounded, axis: Any, keepdims: bool) -> Bounded:
@@ -225,7 +225,7 @@ class BoundSpace:
         terms = _ordered_sum((~_zero(x)).astype(np.float64), axes)
         total, strayed = _ordered_sum(x.x, axes), _ordered_sum(x.e, axes)
         size = _ordered_sum(np.abs(x.x), axes) + 2 * strayed
-        gamma = self._gamma(terms, length, p.saved * (1 + np.frexp(terms)[1]))
+        gamma = self._gamma(terms, length, p.unit, p.saved * (1 + np.frexp(terms)[1]))
         e = (strayed + gamma * size + 3 * terms * p.tiny) * _SLACK
         e = np.where(terms > 1, np.where(size > p.largest, np.inf, e), strayed)
         shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape)) if keepdims else total.shape
@@ -253,7 +253,8 @@ class BoundSpace:
         # Counts below 2^53 are exact whatever the order in which a matrix product adds them.
         terms = ((ax != 0) | (ae != 0)).astype(np.float64) @ ((bx != 0) | (be != 0)).astype(np.float64)
         size = _ordered_matmul(most_a + ae, most_b + be)
-        e = (e + np.where(terms > 0, self._gamma(terms, c.a_shape[2]) * size, 0.0) + 3 * terms * p.tiny) * _SLACK
+        gamma = np.where(terms > 0, self._gamma(terms, c.a_shape[2], p.accumulation), 0.0)
+        e = (e + gamma * size + 3 * terms * p.tiny) * _SLACK
         e = np.where(size > p.largest, np.inf, e)
         return Bounded(self, x.reshape(c.shape).transpose(c.axes), e.reshape(c.shape).transpose(c.axes))
 
@@ -264,12 +265,16 @@ class BoundSpace:
         return Bounded(self, top, self.profile.shift * self.profile.unit * np.abs(top))
 
     def stored(self, x: Bounded, cotangent: bool) -> Bounded:
-        """One rounding to the storage type; what is asked of the cotangent alone does nothing to the value."""
+        """One rounding to the storage type; what is asked of the cotangent alone does nothing to the value.
+
+        A weight may underflow before or after its division by the sum of its row, in which a sink is at most 1.
+        """
         p = self.profile
         if cotangent or not p.storage:
             return x
         size = np.abs(x.x) + 2 * x.e
-        e = np.where(size > p.storage_largest, np.inf, (x.e + p.storage * size + p.storage_tiny) * _SLACK)
+        underflow = p.storage_tiny * (1 + _ordered_sum(size, [size.ndim - 1])[..., None])
+        e = np.where(size > p.storage_largest, np.inf, (x.e + p.storage * size + underflow) * _SLACK)
         return Bounded(self, x.x, np.where(_zero(x), 0.0, e), settled=True)
 
     def stop(self, x: Bounded) -> Bounded:

@@ -58,7 +58,7 @@ class Balls(Value):
         back: Any = _lift(d)
         exact = np.asarray(_is_exact(self._balls), bool) & np.asarray(rest == back, bool)
         exact &= np.isfinite(t) | ~np.asarray(_is_finite(self._balls), bool)
-        radius = np.asarray(_float(_radius(self._balls)), np.float64)
+        radius = np.asarray(_float(_objects(_radius(self._balls))), np.float64)
         return t, d, np.where(exact, 0.0, radius * (1 + 2.0**-50) + np.abs(d) * 2.0**-50 + 2.0**-1072)
 
     def endpoints(self, where: Bools) -> list[tuple[tuple[int, int], tuple[int, int]]]:
