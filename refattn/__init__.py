@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from refattn.variants.alibi import ALiBi as ALiBi
     from refattn.variants.sdpa import SDPA as SDPA
 
-__all__ = ["ALiBi", "SDPA", "attention", "errors", "evaluate", "explain", "spec", "variants", "vjp"]  # noqa: F822
+__all__ = ["attention", "errors", "evaluate", "explain", "spec", "variants", "vjp"]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +21,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("refattn")
+    if name == "validate":
+        from refattn.oracle.validate import validate
+
+        return validate
     found = class_named(name)
     if found is None:
         raise AttributeError(f"refattn has no {name!r}")

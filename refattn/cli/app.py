@@ -11,12 +11,14 @@ from rich.table import Table
 
 from refattn import registry
 from refattn.cli import golden
+from refattn.cli.validate import validate
 from refattn.spec import describe
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Exact attention, certified."
 )
 app.add_typer(golden.app, name="golden")
+app.command()(validate)
 console = Console()
 
 

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from refattn.case import Case
 from refattn.errors import SpecError
@@ -32,14 +33,16 @@ Jobs = Annotated[int | None, typer.Option("--jobs", help="processes; default: on
 def list_(folder: Folder = None, cases: Pattern = "*") -> None:
     """Name the committed cases: dtype, sizes, flags, and the mistake each is there to catch."""
     table = Table(box=None)
-    for heading in ("case", "dtype", "Lq × Lk", "flags", "catches"):
-        table.add_column(heading, overflow="fold")
+    for heading in ("case", "dtype", "Lq × Lk"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("the mistake it catches, and its flags")
     folder = folder or load.folder_of_suite()
     chosen = [name for name in load.names(folder=folder) if fnmatch(name, cases)]
     for name in chosen:
         golden = load.load(name, folder)
         lengths = f"{golden.sizes['Lq']} × {golden.sizes['Lk']}"
-        table.add_row(name, golden.dtype, lengths, " ".join(golden.flags), golden.catches)
+        about = Text.assemble(golden.catches, "\n", (" ".join(golden.flags), "dim"))
+        table.add_row(name, golden.dtype, lengths, about)
     console.print(table)
     console.print(f"{len(chosen)} cases")
 
@@ -152,8 +155,8 @@ def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
 def _print_tallies(tallies: list[Tally]) -> None:
     """Cases, elements, how each was certified, worst distance, bytes; one row a folder and a total."""
     table = Table(box=None)
-    for heading in ("cases", "count", "elements", "rounded", "exact", "undecided", "propagated", "distance", "bytes"):
-        table.add_column(heading, justify="left" if heading == "cases" else "right")
+    for heading in ("group", "cases", "elements", "rounded", "exact", "open", "NaN", "distance", "bytes"):
+        table.add_column(heading, justify="left" if heading == "group" else "right")
     groups = sorted({t.name.partition("/")[0] for t in tallies})
     for group in groups:
         _row(table, group, [t for t in tallies if t.name.startswith(f"{group}/")])
@@ -162,20 +165,23 @@ def _print_tallies(tallies: list[Tally]) -> None:
     console.print(table)
     seconds = sum(t.seconds for t in tallies)
     console.print(
-        "rounded: correctly rounded, proved by balls; exact: the value is a double; undecided: enclosed, not certified;\n"
-        "propagated: NaN as the convention asks; distance: worst |float64 reference − certified| in units of its bound;\n"
-        f"{seconds:.1f} seconds of work"
+        "rounded: correctly rounded, proved by balls; exact: a double, proved equal;\n"
+        "open: undecided at 4096 bits, stored with its width; NaN: asked by convention;\n"
+        "distance: worst |float64 reference − certified| in units of its float64 bound,\n"
+        f"which every value was checked against. {seconds:.1f} seconds of work",
+        highlight=False,
     )
     for t in tallies:
         if t.status["enclosed"]:
             console.print(f"  undecided at 4096 bits: {t.name}, {t.status['enclosed']} elements", markup=False)
 
 
-def _row(table: Table, label: str, tallies: list[Tally]) -> None:
-    status = {name: sum(t.status[name] for t in tallies) for name in ("correctly_rounded", "exact", "enclosed", "propagated")}
+def _row(table: Table, group: str, tallies: list[Tally]) -> None:
+    labels = ("correctly_rounded", "exact", "enclosed", "propagated")
+    status = {label: sum(t.status[label] for t in tallies) for label in labels}
     worst = max((t.distance for t in tallies), default=0.0)
     table.add_row(
-        label, str(len(tallies)), f"{sum(t.elements for t in tallies):,}", *(f"{n:,}" for n in status.values()),
+        group, str(len(tallies)), f"{sum(t.elements for t in tallies):,}", *(f"{n:,}" for n in status.values()),
         f"{worst:.3f}", f"{sum(t.size for t in tallies):,}",
     )  # fmt: skip
 

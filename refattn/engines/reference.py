@@ -20,7 +20,7 @@ def refuses(problem: Problem) -> str | None:
 
 def run(problem: Problem) -> Outputs:
     """Outputs in float64."""
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         return Outputs(problem.evaluate(np.asarray))
 
 
@@ -28,5 +28,5 @@ def vjp(
     problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str], outputs: Mapping[str, Any] | None = None
 ) -> Outputs:
     """Outputs and gradients in float64, by the tape."""
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         return Outputs(problem.differentiate(np.asarray, cotangents, wrt))

@@ -133,7 +133,7 @@ def _constant(recipe: Recipe, shape: Any, kind: str, fmt: Format, names: Any) ->
 
 
 def _one_hot(recipe: Recipe, shape: Any, kind: str, fmt: Format, names: Any) -> NDArray[Any]:
-    return (np.arange(shape[-1]) == _row_index(shape) % shape[-1]).astype(np.float64)
+    return np.asarray(np.arange(shape[-1]) == _row_index(shape) % shape[-1], np.float64)
 
 
 def _heads(recipe: Recipe, shape: Any, kind: str, fmt: Format, names: Any) -> NDArray[Any]:
