@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from refattn.case import NORMAL, Case, Recipe, Rows
 from refattn.variants._case_parts import HUGE, INF, NAN, attend, edited, rows_of, set_, sizes
 from refattn.variants.sdpa import SDPA
+
+Causal = bool | Literal["top_left", "bottom_right"]
+Window = tuple[int | None, int | None]
 
 
 def cases() -> Iterator[Case]:
@@ -18,12 +22,13 @@ def cases() -> Iterator[Case]:
 
 def causal() -> Iterator[Case]:
     """Both alignments, both ways of Lq ≠ Lk."""
-    for align, lq, lk, dtype, what in (
+    small: tuple[tuple[Causal, int, int, str, str], ...] = (
         ("top_left", 16, 24, "float32", "bottom-right alignment where top-left is asked"),
         ("bottom_right", 16, 24, "bfloat16", "top-left alignment where bottom-right is asked"),
         ("top_left", 24, 16, "float16", "rows beyond the last key masked or shifted: they see every key"),
         ("bottom_right", 24, 16, "float32", "NaN, or the mean of V, in the first rows, which see nothing"),
-    ):
+    )
+    for align, lq, lk, dtype, what in small:
         yield Case(
             name=f"causal/{align}_{lq}x{lk}",
             spec=SDPA(causal=align),
@@ -48,14 +53,15 @@ def causal() -> Iterator[Case]:
         flags=("poison",),
         catches="weight 0 times NaN or inf: keys that no query sees reach the output or dk",
     )
-    for name, align, lq, lk, dtype, heads, what in (
+    large: tuple[tuple[str, Causal, int, int, str, tuple[int, int], str], ...] = (
         ("bottom_right_129x257", "bottom_right", 129, 257, "bfloat16", (4, 2), "alignment lost when tiles are skipped"),
         ("top_left_257x129", "top_left", 257, 129, "float16", (2, 2), "tiles right of the diagonal skipped by Lq"),
         ("bottom_right_300x257", "bottom_right", 300, 257, "float32", (2, 1), "a whole tile row that sees nothing"),
         ("square_257", True, 257, 257, "float32", (3, 1), "the diagonal tile masked with < for ≤"),
         ("square_1000", True, 1000, 1000, "bfloat16", (2, 2), "a length that no tile size divides"),
-    ):
-        cuts = (0, 1, 42, 43, 44, 63, 64, 127, 128, 129, 255, 256, 299, 511, 512, 999)
+    )
+    cuts = (0, 1, 42, 43, 44, 63, 64, 127, 128, 129, 255, 256, 299, 511, 512, 999)
+    for name, align, lq, lk, dtype, heads, what in large:
         yield Case(
             name=f"causal/{name}",
             spec=SDPA(causal=align),
@@ -68,41 +74,18 @@ def causal() -> Iterator[Case]:
 
 def windows() -> Iterator[Case]:
     """Both ends are inclusive and each may be 0 or unbounded."""
-    for name, window, causal, lq, lk, dtype, what in (
+    small: tuple[tuple[str, Window, Causal, int, int, str, str], ...] = (
         ("both_sides", (3, 2), False, 33, 33, "float32", "either end off by one"),
-        (
-            "left_causal",
-            (4, None),
-            True,
-            33,
-            33,
-            "bfloat16",
-            "a window of 4 keys where 4 to the left and the key itself are meant",
-        ),
+        ("left_causal", (4, None), True, 33, 33, "bfloat16", "4 keys in all where 4 to the left and itself are meant"),
         ("self_and_right", (0, 3), False, 17, 17, "float32", "a left end of 0 taken as unbounded"),
-        (
-            "bottom_right",
-            (5, 0),
-            "bottom_right",
-            16,
-            33,
-            "float16",
-            "a window placed by i alone instead of i + Lk − Lq",
-        ),
-        (
-            "top_left",
-            (3, 1),
-            "top_left",
-            33,
-            16,
-            "float32",
-            "rows beyond the last key and their window, which see nothing, not 0",
-        ),
-        ("unaligned", (2, 2), False, 12, 20, "bfloat16", "without causal, a window placed by i instead of i + Lk − Lq"),
-    ):
+        ("bottom_right", (5, 0), "bottom_right", 16, 33, "float16", "a window placed by i instead of i + Lk − Lq"),
+        ("top_left", (3, 1), "top_left", 33, 16, "float32", "rows whose window lies beyond the last key not 0"),
+        ("unaligned", (2, 2), False, 12, 20, "bfloat16", "without causal, a window placed by i, not i + Lk − Lq"),
+    )
+    for name, window, align, lq, lk, dtype, what in small:
         yield Case(
             name=f"window/{name}",
-            spec=SDPA(window=window, causal=causal),
+            spec=SDPA(window=window, causal=align),
             sizes=sizes((lq, lk), (2, 1), (8, 8)),
             dtype=dtype,
             flags=("fully_masked_rows",) if lq > lk else (),
@@ -116,7 +99,7 @@ def windows() -> Iterator[Case]:
         flags=("one_visible_key",),
         catches="an empty window, or two keys, where (0, 0) is the key at the query: out = v",
     )
-    for name, window, causal, lq, lk, dtype, heads, cuts, what in (
+    large: tuple[tuple[str, Window, Causal, int, int, str, tuple[int, int], tuple[int, ...], str], ...] = (
         ("left_128", (128, 0), True, 257, 257, "bfloat16", (2, 2), (0, 127, 128, 129, 130, 255, 256),
          "127 or 129 keys to the left at a tile's edge"),
         ("edges_in_bfloat16", (256, 0), True, 515, 515, "bfloat16", (1, 1), (255, 256, 257, 258, 259, 513, 514),
@@ -125,10 +108,11 @@ def windows() -> Iterator[Case]:
          "tiles wholly outside the window skipped one too early"),
         ("bottom_right_65x513", (63, 0), "bottom_right", 65, 513, "float32", (4, 2), (0, 1, 62, 63, 64),
          "first tile of a window with a cache counted from the query's own index"),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for name, window, align, lq, lk, dtype, heads, cuts, what in large:
         yield Case(
             name=f"window/{name}",
-            spec=SDPA(window=window, causal=causal),
+            spec=SDPA(window=window, causal=align),
             sizes=sizes((lq, lk), heads, (8, 4)),
             dtype=dtype,
             rows=Rows(q=cuts, k=tuple(j + (lk - lq) for j in cuts)),
@@ -143,12 +127,7 @@ def masks() -> Iterator[Case]:
     for name, shape, dtype, what in (
         ("keys_by_batch", (b, 1, 1, lk), "float32", "a key-padding mask broadcast over the batch, or inverted"),
         ("keys_by_head", (1, h, 1, lk), "bfloat16", "the mask of a query head taken from its key head"),
-        (
-            "pairs_by_batch",
-            (b, 1, lq, lk),
-            "float16",
-            "True read as hidden; one mask for all heads applied to the first only",
-        ),
+        ("pairs_by_batch", (b, 1, lq, lk), "float16", "True read as hidden; a mask of all heads used for the first"),
         ("pairs", (lq, lk), "float32", "a two-dimensional mask aligned with batch and head"),
     ):
         yield Case(

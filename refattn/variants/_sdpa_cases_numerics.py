@@ -37,12 +37,7 @@ def scores() -> Iterator[Case]:
     )
     for name, exp2, dtype, what in (
         ("scores_of_a_hundred", -5, "float32", "exponentials taken without their own row's maximum"),
-        (
-            "scores_of_a_hundred_bfloat16",
-            -5,
-            "bfloat16",
-            "scores rounded to bfloat16: off by half a unit, weights by half",
-        ),
+        ("scores_of_a_hundred_bfloat16", -5, "bfloat16", "scores rounded to bfloat16: weights off by half"),
         ("scores_of_hundreds", -4, "float16", "q·k or its running maximum kept in float16"),
     ):
         yield Case(
