@@ -37,9 +37,9 @@ class Profile:
     """What a kernel may do; docs/tolerance.md says it in words.
 
     unit: roundoff of products, quotients and sums; accumulation: of sums of products (2·unit where they may
-    truncate); tiny: what a flushed result loses; largest: magnitude from which a kernel may overflow. exponential, logarithm,
-    hyperbolic: relative errors of those functions. In units of roundoff: term, of each addend of a sum of two, which
-    may be converted to base 2 and added in any order; argument, of an exponent; shift, of the row maximum or
+    truncate); tiny: what a flushed result loses; largest: magnitude from which a kernel may overflow. exponential,
+    logarithm, hyperbolic: relative errors of those functions. In units of roundoff: term, of each addend of a sum of
+    two, which may be converted to base 2 and added in any order; argument, of an exponent; shift, of the row maximum or
     log-sum-exp subtracted; extra, per sum; rescale, per sixteen keys, for a running maximum; saved, per power of two
     of the terms of a sum whose logarithm is saved and read back. storage, storage_tiny, storage_largest: roundoff,
     underflow and overflow of what may be kept in the storage type (numeric.stored).

@@ -3,7 +3,7 @@ r"""Our own float64 exponential and logarithm, with bounds proved from IEEE arit
     x = n ln 2 + r, |r| < 0.3466;          e^x = 2^n Σ_{k=0}^{17} r^k / k!
     x = 2^n f, √½ ≤ f < √2, t = (f − 1)/(f + 1);    log x = n ln 2 + 2t Σ_{k=0}^{11} t^2k / (2k + 1)
 
-ln 2 is split into a head of 32 bits, so that n·head is exact for |n| < 2^21, and a tail. Every step is one correctly
+ln 2 is split into a head of 33 bits, so that n·head is exact for |n| < 2^20, and a tail. Every step is one correctly
 rounded operation, so the bits are the same on every IEEE machine. docs/certification.md proves both errors.
 """
 
