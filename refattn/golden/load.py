@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from refattn import registry
 from refattn.case import Case, Edit, Recipe, Rows
-from refattn.errors import GoldenFormatError, SpecError
+from refattn.errors import GoldenFormatError, RefattnError, SpecError
 from refattn.golden import inputs as recipes
 from refattn.golden.build import SCHEMA
 from refattn.golden.store import REMEDY, read_bytes, read_json, read_safetensors
@@ -82,11 +82,11 @@ class Golden:
 
     def inputs(self) -> dict[str, NDArray[Any]]:
         """Input arrays by the signature's names, regenerated and checked against their hashes."""
-        return self._checked(recipes.inputs(self.case()), "inputs")
+        return self._regenerated(recipes.inputs, "inputs")
 
     def cotangents(self) -> dict[str, NDArray[Any]]:
         """Cotangents by output, of full size: zero outside the published rows."""
-        found = self._checked(recipes.cotangents(self.case()), "cotangents")
+        found = self._regenerated(recipes.cotangents, "cotangents")
         if self.rows is None:
             return found
         full = {}
@@ -101,10 +101,24 @@ class Golden:
             return array
         return array[:, :, list(self.rows.k if name in ("dk", "dv") else self.rows.q)]
 
-    def _checked(self, arrays: dict[str, NDArray[Any]], section: str) -> dict[str, NDArray[Any]]:
+    def _regenerated(self, make: Callable[[Case], dict[str, NDArray[Any]]], section: str) -> dict[str, NDArray[Any]]:
+        try:
+            arrays = make(self.case())
+        except (RefattnError, LookupError, TypeError, ValueError, OverflowError, MemoryError) as error:
+            raise GoldenFormatError(
+                f"manifest of {self.name}, field {section}: these recipes make no arrays ({error}); {REMEDY}"
+            ) from None
+        recorded = self.manifest[section]
+        if arrays.keys() != recorded.keys():
+            raise GoldenFormatError(
+                f"manifest of {self.name}, field {section}: holds {', '.join(recorded)}; "
+                f"its spec asks for {', '.join(arrays)}; {REMEDY}"
+            )
         for name, array in arrays.items():
-            if recipes.sha256(array) != self.manifest[section][name]["sha256"]:
-                raise GoldenFormatError(f"{self.name}: {name} does not have the recorded hash; {REMEDY}")
+            if recipes.sha256(array) != recorded[name]["sha256"]:
+                raise GoldenFormatError(
+                    f"manifest of {self.name}, field {section}.{name}.sha256: is not that of the array; {REMEDY}"
+                )
         return arrays
 
 
@@ -158,14 +172,20 @@ def read_case(path: Path, entry: Mapping[str, str] | None = None) -> Golden:
     for name, output in manifest["outputs"].items():
         if name not in tensors or f"{name}.bound" not in tensors:
             raise GoldenFormatError(f"{tensor_path} lacks {name!r} or its bound; {REMEDY}")
-        if list(tensors[name].shape) != output["shape"] or recipes.sha256(tensors[name]) != output["sha256"]:
+        value, bound = tensors[name], tensors[f"{name}.bound"]
+        if list(value.shape) != output["shape"] or recipes.sha256(value) != output["sha256"]:
             raise GoldenFormatError(
                 f"{tensor_path}: {name!r} is not what outputs.{name} of the manifest says; {REMEDY}"
+            )
+        if value.dtype != np.float64 or bound.shape != value.shape:
+            raise GoldenFormatError(
+                f"{tensor_path}: {name!r} is {value.dtype} {value.shape} with a bound {bound.shape}; expected float64 "
+                f"and a bound of the same shape; {REMEDY}"
             )
     try:
         spec = registry.from_json(manifest["spec"])
     except SpecError as error:
-        raise GoldenFormatError(f"{path}, field spec: {error}") from None
+        raise GoldenFormatError(f"{path}, field spec: {error}; {REMEDY}") from None
     rows = manifest.get("rows")
     return Golden(
         name=manifest["id"],

@@ -29,8 +29,8 @@ def safetensors_bytes(tensors: Mapping[str, NDArray[Any]]) -> bytes:
     header: dict[str, Any] = {"__metadata__": METADATA}
     chunks, position = [], 0
     for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
-        data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() + b""
+        array = np.asarray(tensors[name])
+        data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
         header[name] = {
             "dtype": _NAMES[array.dtype.name],
             "shape": list(array.shape),
@@ -52,11 +52,12 @@ def read_safetensors(data: bytes, source: str) -> dict[str, NDArray[Any]]:
         The bytes are truncated, altered or no safetensors file.
     """
     try:
-        found = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
-        return {
-            name: np.frombuffer(bytes(t["data"]), _DTYPES[t["dtype"]]).reshape(t["shape"]).copy() for name, t in found
-        }
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        found = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
+        for name, t in found.items():
+            if t["dtype"] not in _DTYPES:
+                raise ValueError(f"tensor {name!r} is {t['dtype']}, not one of {', '.join(_DTYPES)}")
+        return {n: np.frombuffer(bytes(t["data"]), _DTYPES[t["dtype"]]).reshape(t["shape"]) for n, t in found.items()}
+    except (safetensors.SafetensorError, ValueError) as error:
         raise GoldenFormatError(f"{source} is not a readable safetensors file ({error}); {REMEDY}") from None
 
 
@@ -98,7 +99,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(read_bytes(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise GoldenFormatError(f"{path} is not readable JSON ({error}); {REMEDY}") from None
 
 
