@@ -219,6 +219,30 @@ def test_the_reference_lies_within_a_few_ulp_of_the_certified(x):
     near(ra.evaluate(spec, x).out, ra.evaluate(spec, x, engine="certified").out, 1e-15)
 
 
+def test_certified_answers_where_float64_overflows_on_the_way():
+    """Scores of ±2e400/√2: the first key takes all; equal ones share; equal values near the largest double survive."""
+    q, k = np.full((1, 1, 1, 2), 1e200), np.array([1e200, 1.0, -1e200]).reshape(1, 1, 3, 1) * np.ones(2)
+    v = np.array([3.0, 5.0, 7.0]).reshape(1, 1, 3, 1)
+    result = ra.evaluate(ra.SDPA(), {"q": q, "k": k, "v": v}, engine="certified", want=("out", "lse"))
+    same(result.out, np.full((1, 1, 1, 1), 3.0))
+    same(result.lse, np.full((1, 1, 1), np.inf))
+    result = ra.evaluate(ra.SDPA(), {"q": q, "k": np.full_like(k, 1e200), "v": v}, engine="certified")
+    same(result.out, np.full((1, 1, 1, 1), 5.0))
+    result = ra.evaluate(ra.SDPA(), {"q": q, "k": k * 0, "v": np.full_like(v, 1.7e308)}, engine="certified")
+    same(result.out, np.full((1, 1, 1, 1), 1.7e308))
+
+
+@pytest.mark.parametrize("slot", ["q", "k", "v"])
+def test_certified_propagates_what_is_no_number_as_the_reference_does(a, x, slot):
+    x[slot][0, 1, 1, 0] = np.nan
+    spec = ra.SDPA(causal="bottom_right")
+    plain, proved = (ra.vjp(spec, x, {"out": a["dout"]}, engine=engine) for engine in ("reference", "certified"))
+    for name in plain:
+        near(plain[name], proved[name], 1e-14)
+    assert np.isnan(proved.dq).any()
+    assert not np.isnan(proved.dq).all()
+
+
 # explain, variants, spec
 
 

@@ -68,7 +68,7 @@ def _nearest(man: int, exp: int) -> float:
     """man·2^exp to nearest, ties to even; what is far beyond the doubles needs no rational of its size."""
     top = man.bit_length() + exp
     if top < -1100 or top > 1100:
-        return 0.0 if top < 0 else float(np.copysign(np.inf, man))
+        return 0.0 if top < 0 else (-np.inf if man < 0 else np.inf)
     return nearest(man * Fraction(2) ** exp, "float64")
 
 
