@@ -21,6 +21,8 @@ from refattn.spec import Spec
 
 Floats = NDArray[np.float64]
 Values = dict[str, Floats]
+# What a mistake about a bias, a sink or a cap speaks of: their own gradients depend on how it was differentiated.
+FORWARD = ("out", "lse", "dq", "dk", "dv")
 OUT_OF_PLACE = 1e9  # in units of the bound: NaN or infinity where a number is asked, or the other way round
 
 

@@ -27,14 +27,14 @@ SEARCHED = 16  # failing cases, the smallest first, on which the whole library i
 class Explanation:
     """An alternative that a failing case agrees with: worst error before and after, in units of the bound.
 
-    `whole`: it speaks of every output that fails.
+    `share`: of the outputs that fail, the part that it explains.
     """
 
     key: str
     words: str
     before: float
     after: float
-    whole: bool
+    share: float
 
     def __str__(self) -> str:
         """The sentence a line of the report shows."""
@@ -64,7 +64,7 @@ def explanations(failure: Failure, found: Sequence[Comparison], keys: Iterable[s
             explained = _tried(failure, found, other)
             if explained is not None:
                 agreed.append(explained)
-    return sorted(agreed, key=lambda e: (not e.whole, e.after))
+    return sorted(agreed, key=lambda e: (-e.share, e.after))
 
 
 def _tried(failure: Failure, found: Sequence[Comparison], other: Alternative) -> Explanation | None:
@@ -80,7 +80,7 @@ def _tried(failure: Failure, found: Sequence[Comparison], other: Alternative) ->
     before = failure.worst(failure.golden.expected, names)
     after = failure.worst(values, names)
     if (after <= 1 and 2 * after <= before) or 32 * after <= before:
-        return Explanation(other.key, other.words, before, after, failing <= set(names))
+        return Explanation(other.key, other.words, before, after, len(failing & set(names)) / len(failing))
     return None
 
 
@@ -111,8 +111,9 @@ class Diagnosis:
             else:
                 words[f.golden.name] = str(best)
                 counts[best.key] += 1
-                first.setdefault(best.key, best.words)
-        mistakes = tuple(key for key in chosen if counts[key])
+                first.setdefault(best.key, f"{best.words}, as in {f.golden.name}")
+        short = {text.removeprefix(ROUNDING).partition(":")[0] for text in words.values() if text.startswith(ROUNDING)}
+        mistakes = (*(key for key in chosen if counts[key]), *(f"{name}_accumulator" for name in sorted(short)))
         return Verdict(words, tuple(_findings(words, counts, first, len(cases))), mistakes)
 
 
@@ -121,7 +122,7 @@ def _cover(agreed: dict[str, list[Explanation]]) -> list[str]:
     keys = list(dict.fromkeys(e.key for found in agreed.values() for e in found))
     open_, chosen = {name for name, found in agreed.items() if found}, []
     while open_:
-        votes = {k: [e.whole for n in open_ for e in agreed[n] if e.key == k] for k in keys}
+        votes = {k: [e.share for n in open_ for e in agreed[n] if e.key == k] for k in keys}
         best = max(keys, key=lambda k: (sum(votes[k]), len(votes[k]), -_closest(agreed, open_, k)))
         chosen.append(best)
         open_ = {n for n in open_ if all(e.key != best for e in agreed[n])}

@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 
 from refattn.dtypes import sqrt_reciprocal
-from refattn.oracle.alternatives import Alternative, Failure, Values
+from refattn.oracle.alternatives import FORWARD, Alternative, Failure, Values
 from refattn.problem import Problem
-
-# What a changed bias or sink speaks of: its own gradient depends on how the mistake was differentiated.
-FORWARD = ("out", "lse", "dq", "dk", "dv")
 
 Hypothesis = Callable[[Failure], Iterator[Alternative]]
 
@@ -113,8 +110,11 @@ def slopes(f: Failure) -> Iterator[Alternative]:
             ("bias_sign", "a bias of the other sign", -1.0),
             ("bias_ignored", "attention without the ALiBi bias", 0.0),
         ):
-            scaled = {n: f.arrays[n].astype(np.float64) * factor for n in none if n in f.arrays}
-            changed = term if learned else replace(term, slopes=tuple(m * factor for m in term.slopes))
+            together = (*none, "bias") if key == "bias_scaled" else none
+            scaled = {n: f.arrays[n].astype(np.float64) * factor for n in together if n in f.arrays}
+            sides = {n: getattr(term, n, None) for n in ("slopes", "slopes_right")}
+            numbers = {n: tuple(m * factor for m in s) for n, s in sides.items() if isinstance(s, tuple)}
+            changed = replace(term, **numbers)
             whole = _with_term(spec, term, changed)
             yield Alternative(key=key, words=words, spec=whole, arrays=scaled, only=FORWARD)
 

@@ -39,12 +39,14 @@ def accumulator(f: Failure) -> str:
         return ""
     error = np.where(ok, result - np.where(ok, exact, 0.0), 0.0)
     live = np.abs(exact) > 0
-    if not live.any() or np.mean(error[live] != 0) < 0.5:
+    if not live.any():
         return ""
     for name in ("bfloat16", "float16"):
         if format_of(name).precision >= format_of(f.golden.dtype).precision and f.golden.dtype != name:
             continue
         simulated = [_summed(f, name, size) - np.where(ok, exact, 0.0) for size in BLOCKS]
+        if np.mean(error[live] != 0) < max(np.mean(s[live] != 0) for s in simulated) / 2:
+            continue
         spread = [float(np.sqrt(np.mean(s[live] ** 2))) for s in simulated]
         largest = max(float(np.abs(s[live]).max()) for s in simulated)
         size = float(np.sqrt(np.mean(error[live] ** 2)))

@@ -10,7 +10,7 @@ import numpy as np
 
 from refattn.dtypes import format_of, round_to
 from refattn.numeric import Value, einsum, finite, real, reshape, softmax_attend, tanh, where
-from refattn.oracle.alternatives import Alternative, Failure
+from refattn.oracle.alternatives import FORWARD, Alternative, Failure
 
 Reference = Callable[..., dict[str, Any]]
 
@@ -21,10 +21,10 @@ def softcap_order(f: Failure) -> Iterator[Alternative]:
     if spec.softcap is None:
         return
     words = "a softcap applied after the mask: masked keys keep the logit −c and take part"
-    yield Alternative(key="softcap_after_mask", words=words, text=_softcap_last(masked_too=True))
+    yield Alternative(key="softcap_after_mask", words=words, text=_softcap_last(masked_too=True), only=FORWARD)
     if spec.bias or "bias" in f.arrays:
         words = "a softcap applied after the bias"
-        yield Alternative(key="softcap_after_bias", words=words, text=_softcap_last(masked_too=False))
+        yield Alternative(key="softcap_after_bias", words=words, text=_softcap_last(masked_too=False), only=FORWARD)
 
 
 def rounded_weights(f: Failure) -> Iterator[Alternative]:

@@ -79,7 +79,8 @@ def test_the_sign_of_zero_is_ignored(golden):
 
 
 def test_a_value_beyond_the_largest_may_be_infinite_with_its_sign(golden):
-    huge = dataclasses.replace(golden, expected={"out": np.array([[[[3.5e38]]]])}, bound={"out": np.array([[[[1e31]]]])})
+    value, bound = np.full((1, 1, 1, 1), 3.5e38), np.full((1, 1, 1, 1), 1e31)
+    huge = dataclasses.replace(golden, expected={"out": value}, bound={"out": bound})
     assert compare(huge, {"out": np.array([[[[np.inf]]]])})[0].verdict == "pass"
     assert compare(huge, {"out": np.array([[[[-np.inf]]]])})[0].verdict == "fail"
 
