@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from checks import same
+from checks import near, same
 
 import refattn as ra
 from refattn.errors import LayoutError, ShapeError
@@ -62,6 +62,12 @@ def test_keys_are_packed_as_queries_where_nothing_else_is_said(rng):
     one = ra.attention(q, k, v, layout="thd", cu_seqlens_q=CU_Q, causal=True)
     same(ra.attention(q, k, v, layout="thd", cu_seqlens_q=CU_Q, cu_seqlens_k=CU_Q.tolist(), causal=True), one)
     same(one[:1], v[:1])
+
+
+def test_keys_packed_otherwise_than_queries_of_the_same_number(rng):
+    q, v = rng.standard_normal((2, 5, 1, 2))
+    out = ra.attention(q * 0, q, v, layout="thd", cu_seqlens_q=[0, 2, 5], cu_seqlens_k=[0, 1, 5])
+    near(out, np.concatenate([v[[0, 0]], np.broadcast_to(v[1:].mean(0), (3, 1, 2))]))
 
 
 def test_packed_segments_and_positions_go_with_their_tokens(packed):

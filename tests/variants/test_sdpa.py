@@ -343,14 +343,15 @@ def test_minus_infinity_in_a_bias_equals_a_mask(rng):
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 1e30, 1e300])
-def test_what_a_masked_slot_holds_touches_nothing(rng, poison):
-    """The last two keys are out of everybody's sight, and the last query sees nothing."""
+@pytest.mark.parametrize("scale", [None, 0.0])
+def test_what_a_masked_slot_holds_touches_nothing(rng, poison, scale):
+    """The last two keys are out of everybody's sight, and the last query sees nothing; 0 · 1e600 is no number."""
     a = qkv(rng, (1, 4, 2, 3, 5, 2, 3))
     live = np.array([[True] * 3 + [False] * 2] * 2 + [[False] * 5])
     dirty = {name: a[name].copy() for name in ("q", "k", "v")}
     dirty["q"][:, :, 2], dirty["k"][:, :, 3:], dirty["v"][:, :, 3:] = poison, poison, poison
     bias = np.where(live, 0.25, poison if poison != np.inf else np.nan)
-    options = {"causal": False, "softcap": 5.0}
+    options = {"scale": scale, "softcap": 5.0}
     x = inputs_of(a, mask=live, bias=np.where(live, 0.25, 0))
     clean = forward_and_gradients(sdpa(**options), x, a["dout"], a["dlse"])
     found = forward_and_gradients(sdpa(**options), dirty | {"mask": live, "bias": bias}, a["dout"], a["dlse"])
