@@ -18,7 +18,8 @@ Floats = NDArray[np.float64]
 
 ROUNDED, EXACT, ENCLOSED, PROPAGATED = 0, 1, 2, 3
 STATUS = ("correctly_rounded", "exact", "enclosed", "propagated")
-# Below this a radius may have no double worth the name; such elements go the slow way, by integers.
+# Below this a radius may have no double worth the name. Such elements, and those that a radius below a step does not
+# settle (ties to 2^-50 of a step, exact doubles), go the slow way, by integers.
 _SMALL = 2.0**-900
 
 
@@ -36,11 +37,12 @@ def round_balls(balls: Balls, to_nearest: bool) -> Rounded:
     t, d, r = balls.enclosure()
     exact = (d == 0) & (r == 0)
     size = np.abs(np.where(np.isfinite(t), t, 1.0))
-    neighbour = np.nextafter(t, np.where(d > 0, np.inf, -np.inf))
-    with np.errstate(invalid="ignore"):
-        step = np.abs(neighbour - t)
-    reach = np.abs(d) + r
     is_odd = (np.ascontiguousarray(t).view(np.int64) & 1).astype(bool)
+    with np.errstate(invalid="ignore", over="ignore"):
+        neighbour = np.nextafter(t, np.where(d > 0, np.inf, -np.inf))
+        # Both steps from an odd double are equal, but beyond the largest there is none.
+        step = np.abs(np.where(is_odd, np.nextafter(t, 0.0), neighbour) - t)
+    reach = np.abs(d) + r
     decided = exact | (np.where(is_odd, True, np.abs(d) > r) & (reach < step))
     if to_nearest:
         decided &= (r == 0) | (reach < (size - np.nextafter(size, -np.inf)) / 2)
@@ -48,7 +50,7 @@ def round_balls(balls: Balls, to_nearest: bool) -> Rounded:
     status = np.where(exact, EXACT, np.where(decided, ROUNDED, ENCLOSED)).astype(np.uint8)
     status[np.isnan(t)] = PROPAGATED
     settled = t + 0.0
-    slow = (status == ENCLOSED) & ((size < _SMALL) | np.isinf(t)) & np.isfinite(r)
+    slow = (status == ENCLOSED) & ((size < _SMALL) | np.isinf(t) | (r < step)) & np.isfinite(r)
     if slow.any():
         ends = balls.endpoints(slow)
         lower, upper = (np.array([(odd(*e[i]), _nearest(*e[i])) for e in ends]) for i in (0, 1))
