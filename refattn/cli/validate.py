@@ -49,9 +49,9 @@ def validate(
         write(report, (json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n").encode())
     console.print(found.summary, style="bold green" if found.ok else "bold", markup=False, highlight=False)
     for text in found.findings:
-        console.print(text, style="bold red", markup=False, highlight=False)
+        console.print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
     for line in found.failures:
-        console.print(f"  {line.case}: {line.words}", markup=False, highlight=False)
+        console.print(f"  {line.case}: {line.words}", markup=False, highlight=False, soft_wrap=True)
     if not found.ok:
         raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ import numpy as np
 from refattn.errors import RefattnError
 from refattn.golden.load import Golden
 from refattn.oracle.aftermath import AFTERMATH
-from refattn.oracle.alternatives import Alternative, Failure
+from refattn.oracle.alternatives import OUT_OF_PLACE, Alternative, Failure
 from refattn.oracle.compare import Comparison, published, ratios
 from refattn.oracle.dropped import DROPPED
 from refattn.oracle.hypotheses import SCORES
@@ -20,6 +20,7 @@ from refattn.oracle.texts import TEXTS
 
 LIBRARY = (*SCORES, *TEXTS, *AFTERMATH, *PRECISION, *DROPPED)
 ROUNDING = "sums accumulated in "
+NEAR = 32  # bounds of the case: an alternative's own bound may be larger, as that of scores without a scale is
 SEARCHED = 16  # failing cases, the smallest first, on which the whole library is tried
 
 
@@ -38,7 +39,8 @@ class Explanation:
 
     def __str__(self) -> str:
         """The sentence a line of the report shows."""
-        return f"it computes {self.words} (worst error {self.before:.3g} of the bound becomes {self.after:.2g})"
+        before = "NaN or infinity" if self.before >= OUT_OF_PLACE else f"{self.before:.3g} bounds"
+        return f"it computes {self.words} (worst error then {self.after:.2g} bounds, where it was {before})"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def explanations(failure: Failure, found: Sequence[Comparison], keys: Iterable[s
     """Every alternative (or those named by `keys`) that a failing case agrees with, best first.
 
     An alternative explains when all outputs it speaks of, every failing one that it changes among them, come within
-    the bound and at most half as far as before, or 32 times closer: what is not the cause leaves the error as it was.
+    the bound and at most half as far as before, or near it and 32 times closer: what is not the cause leaves the error as it was.
     """
     wanted, agreed = set(keys), []
     for hypothesis in LIBRARY:
@@ -79,7 +81,7 @@ def _tried(failure: Failure, found: Sequence[Comparison], other: Alternative) ->
     names = [n for n in names if n in values]
     before = failure.worst(failure.golden.expected, names)
     after = failure.worst(values, names)
-    if (after <= 1 and 2 * after <= before) or 32 * after <= before:
+    if (after <= 1 and 2 * after <= before) or (after <= NEAR and 32 * after <= before):
         return Explanation(other.key, other.words, before, after, len(failing & set(names)) / len(failing))
     return None
 

@@ -54,6 +54,12 @@ def window(f: Failure) -> Iterator[Alternative]:
                 pair = (size + step, right) if side == 0 else (left, size + step)
                 words = f"a window one key {word} on the {name} ({size + step} instead of {size})"
                 yield Alternative(key="window", words=words, spec=replace(spec, window=pair))
+            elif size == 0 and step < 0 and f.golden.rows is None:
+                i, j = f.problem.plan.positions
+                ahead = (j[:, None] - i[..., None])[:, None]
+                mask = f.arrays.get("mask", np.ones((1, 1), bool)) & (ahead > 0 if side == 0 else ahead < 0)
+                words = f"a window one key narrower on the {name} (the query's own key is hidden)"
+                yield Alternative(key="window", words=words, arrays={"mask": mask})
     if left is not None and left >= 1 and right is not None and right >= 1:
         words = "a window one key narrower on both sides"
         yield Alternative(key="window", words=words, spec=replace(spec, window=(left - 1, right - 1)))

@@ -10,6 +10,13 @@ import numpy as np
 from refattn.dtypes import format_of, round_to
 from refattn.oracle.alternatives import Alternative, Failure, Floats
 
+# Types shorter than the arithmetic that a case's dtype asks for: 16-bit inputs are summed in float32.
+SHORT = {
+    "float64": ("float32", "bfloat16", "float16"),
+    "float32": ("bfloat16", "float16"),
+    "bfloat16": ("bfloat16",),
+    "float16": ("float16", "bfloat16"),
+}
 BLOCKS = (1, 8, 16, 32, 64, 128)
 
 
@@ -41,9 +48,7 @@ def accumulator(f: Failure) -> str:
     live = np.abs(exact) > 0
     if not live.any():
         return ""
-    for name in ("bfloat16", "float16"):
-        if format_of(name).precision >= format_of(f.golden.dtype).precision and f.golden.dtype != name:
-            continue
+    for name in SHORT[f.golden.dtype]:
         simulated = [_summed(f, name, size) - np.where(ok, exact, 0.0) for size in BLOCKS]
         if np.mean(error[live] != 0) < max(np.mean(s[live] != 0) for s in simulated) / 2:
             continue
