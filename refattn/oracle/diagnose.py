@@ -56,8 +56,8 @@ def explanations(failure: Failure, found: Sequence[Comparison], keys: Iterable[s
     """Every alternative (or those named by `keys`) that a failing case agrees with, best first.
 
     An alternative explains when all outputs it speaks of, every failing one that it changes among them, come within
-    the bound and at most half as far as before, or near it and 32 times closer: what is not the cause leaves the error as it was.
-    """
+    the bound and at most half as far as before, or near it and 32 times closer: what is not the cause leaves the
+    error as it was. """
     wanted, agreed = set(keys), []
     for hypothesis in LIBRARY:
         for other in hypothesis(failure):
