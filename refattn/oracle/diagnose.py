@@ -57,7 +57,8 @@ def explanations(failure: Failure, found: Sequence[Comparison], keys: Iterable[s
 
     An alternative explains when all outputs it speaks of, every failing one that it changes among them, come within
     the bound and at most half as far as before, or near it and 32 times closer: what is not the cause leaves the
-    error as it was. """
+    error as it was.
+    """
     wanted, agreed = set(keys), []
     for hypothesis in LIBRARY:
         for other in hypothesis(failure):
