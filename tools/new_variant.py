@@ -15,8 +15,9 @@ TARGETS = {"variant.txt": "refattn/variants/{name}.py", "test.txt": "tests/varia
 def start(name: str, root: Path) -> list[Path]:
     """Write both files under `root`; refuse a name that is no module name or is taken, before writing anything."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name):
-        raise SystemExit(f"given VARIANT={name!r}; expected a module name such as infini_attention; "
-                         "write: make new VARIANT=name")
+        raise SystemExit(
+            f"given VARIANT={name!r}; expected a module name such as infini_attention; write: make new VARIANT=name"
+        )
     targets = {template: root / place.format(name=name) for template, place in TARGETS.items()}
     for path in targets.values():
         if path.exists():

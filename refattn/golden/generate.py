@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -25,8 +24,7 @@ def fingerprint() -> str:
 
 def waiting_room(folder: Path) -> Path:
     """Where finished cases of an unfinished run wait."""
-    target = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    return Path(tempfile.gettempdir()) / f"refattn-golden-{target}-{fingerprint()}"
+    return folder.parent / f".{folder.name}-unfinished-{fingerprint()}"
 
 
 def generate(folder: Path, todo: list[Case], processes: int | None, done: Callable[[Case, Built | None], None]) -> None:
@@ -38,6 +36,9 @@ def generate(folder: Path, todo: list[Case], processes: int | None, done: Callab
         The disk is full; what was published before stands as it was.
     """
     room = waiting_room(folder)
+    for stale in folder.parent.glob(f".{folder.name}-unfinished-*"):
+        if stale != room:
+            shutil.rmtree(stale, ignore_errors=True)
     finished = {}
     for case in todo:
         manifest, tensors = paths(room, case.name)
