@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 from refattn.bound import FLOAT64, BoundSpace
 from refattn.engines.certified.balls import BALLS, Balls
-from refattn.engines.certified.rounding import ENCLOSED, EXACT, PROPAGATED, ROUNDED, STATUS, Rounded, better, round_balls
+from refattn.engines.certified.rounding import (
+    ENCLOSED,
+    EXACT,
+    PROPAGATED,
+    ROUNDED,
+    STATUS,
+    Rounded,
+    better,
+    round_balls,
+)
 from refattn.errors import RefattnError, Undecided
 from refattn.problem import Problem
 from refattn.spec import Outputs
