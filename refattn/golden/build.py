@@ -62,7 +62,8 @@ def build(case: Case) -> Built:
     for name in names:
         certificate = certified.Certificate(*(rows_of(case, name, a) for a in vars(found[name]).values()))
         tensors[name] = certificate.value
-        tensors[f"{name}.bound"] = round_up_bfloat16(rows_of(case, name, limits[name]))
+        limit = np.where(np.isfinite(certificate.value), rows_of(case, name, limits[name]), 0.0)
+        tensors[f"{name}.bound"] = round_up_bfloat16(limit)
         if case.dtype == "float64":
             tensors[f"{name}.nearest"] = certificate.rne
         status[name] = _status(certificate)
@@ -102,9 +103,10 @@ def bounds(problem: Problem, weights: Mapping[str, Any], wrt: tuple[str, ...], p
 def _with_output_rounding(name: str, b: Bounded, problem: Problem) -> NDArray[np.float64]:
     wide = name == "lse" or name[1:] in recipes.FLOAT32_INPUTS
     fmt = format_of("float32" if wide and problem.dtype != np.float64 else problem.dtype)
-    rounding = 0.0 if b.settled else 2.0**-fmt.precision * (np.abs(b.x) + b.e) + 2.0 ** (fmt.emin - fmt.precision)
+    rounding = 0.0 if b.settled else 2.0**-fmt.precision * (np.abs(b.x) + 2 * b.e) + 2.0 ** (fmt.emin - fmt.precision)
     total = np.where((b.e == 0) & (b.x == 0), 0.0, b.e + rounding)
-    return np.where(np.isfinite(b.x), total, 0.0)
+    # −∞ is the exact lse of an empty row; anything else that is not finite has overflowed.
+    return np.where(np.isneginf(b.x), 0.0, np.where(np.isfinite(b.x), total, np.inf))
 
 
 def _distance(certificate: certified.Certificate, plain: NDArray[np.float64]) -> float:

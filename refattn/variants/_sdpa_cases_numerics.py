@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from refattn.case import Case, Recipe, Rows
+from refattn.case import Case, Edit, Recipe, Rows
 from refattn.variants._case_parts import scaled, set_, sizes
 from refattn.variants.sdpa import SDPA
 
@@ -25,6 +25,16 @@ def scores() -> Iterator[Case]:
         inputs={"q": Recipe(kind="integers", exp2=0), "k": Recipe(kind="integers", exp2=0)},
         flags=("exact32",),
         catches="errors of softmax and P·V, told apart from those of q·k, whose sums are exact in any float32 order",
+    )
+    yield Case(
+        name="numerics/values_of_one_sign",
+        spec=SDPA(causal=True),
+        sizes=sizes((257, 257), (1, 1), (8, 8)),
+        dtype="bfloat16",
+        inputs={"v": Recipe(kind="integers", limit=3, exp2=-2, edits=(Edit(at=(None,) * 4, op="add", value=2.0),))},
+        rows=Rows(q=(63, 64, 127, 128, 255, 256), k=(0, 128, 255, 256)),
+        flags=("exact32",),
+        catches="an accumulator in bfloat16: sums that only grow lose every small weight",
     )
     yield Case(
         name="numerics/exact_scores_bfloat16",

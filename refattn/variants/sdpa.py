@@ -26,7 +26,7 @@ import numpy as np
 from refattn.case import Case
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
-from refattn.numeric import clean, einsum, finite, minus_infinite, real, reshape, softmax_attend, tanh, where
+from refattn.numeric import clean, einsum, finite, minus_infinite, real, reshape, softmax_attend, stored, tanh, where
 from refattn.plan import Dense, Score
 from refattn.spec import Array, Spec, dyadic
 from refattn.variants._place import lengths, per_sequence, place, segments, visible
@@ -144,7 +144,7 @@ def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, 
     s_ok, s = finite(s), clean(s)
     if spec.softcap is not None:
         cap = real(spec.softcap, s)
-        s = cap * tanh(s / cap)
+        s = cap * tanh(stored(s, cotangent=True) / cap)
     for term in spec.bias:
         logits, allowed = _module(term).term(term, x, at)
         s = s + logits
