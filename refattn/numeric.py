@@ -287,7 +287,7 @@ def softmax_attend(
     z = where(empty, 1, total(p, -1))
     lse = where(empty, real(-np.inf, s), reshape(m, z.shape) + log(z))
     w = p[..., :lk] if sink is not None else p
-    w = stored(w if keep is None else w * keep)
+    w = stored(w) if keep is None else stored(w) * keep
     if bad.any():
         # On the weights of the live keys alone, so that forwards and backwards no other key hears of it.
         w = w * where(live & np.any(bad, -1, keepdims=True), real(np.nan, s), real(1, s))
