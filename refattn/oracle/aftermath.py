@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from refattn.dtypes import format_of, round_to
+from refattn.golden.build import rows_of
 from refattn.oracle.alternatives import Alternative, Failure, Values
 from refattn.problem import Problem
 
 LN2 = 0.6931471805599453
+SHORT = 11  # significant bits of a 16-bit format, at most
 
 
 def log_sum(f: Failure) -> Iterator[Alternative]:
@@ -106,6 +109,24 @@ def gradients(f: Failure) -> Iterator[Alternative]:
         yield Alternative(key="group_sum", words=words, arrays=arrays, after=pick)
 
 
+def group_buffer(f: Failure) -> Iterator[Alternative]:
+    """Gradients of a key head gathered in its 16-bit buffer, with a rounding for each query head."""
+    heads, groups, dtype = f.golden.sizes["Hq"], f.golden.sizes["Hkv"], format_of(f.golden.dtype)
+    if heads == groups or "dv" not in f.results or dtype.precision > SHORT or "keep" in f.arrays:
+        return
+
+    def buffered(problem: Problem, values: Values) -> Values:
+        weights = round_to(f.weights, dtype.numpy).astype(np.float64)
+        share = np.einsum("bhij,bhid->bhjd", weights, f.duals["out"].astype(np.float64))
+        total = np.zeros((share.shape[0], groups, *share.shape[2:]))
+        for member in range(heads // groups):
+            total = round_to(total + share[:, member :: heads // groups], dtype.numpy).astype(np.float64)
+        return values | {"dv": rows_of(f.golden.case(), "dv", total)}
+
+    words = f"dv summed over the query heads of a group in {f.golden.dtype}, with a rounding for each head"
+    yield Alternative(key="group_buffer", words=words, after=buffered, only=("dv",))
+
+
 def leak(f: Failure) -> Iterator[Alternative]:
     """NaN or infinity from a slot that no row may see."""
     foreign = [n for n in ("q", "k", "v") if not np.isfinite(f.arrays[n].astype(np.float64)).all()]
@@ -132,4 +153,4 @@ def layout(f: Failure) -> Iterator[Alternative]:
         yield Alternative(key="layout", words=words, after=exchanged, only=("out",))
 
 
-AFTERMATH = (log_sum, shifted_log_sum, empty_rows, gradients, leak, layout)
+AFTERMATH = (log_sum, shifted_log_sum, empty_rows, gradients, group_buffer, leak, layout)

@@ -39,8 +39,10 @@ class Explanation:
 
     def __str__(self) -> str:
         """The sentence a line of the report shows."""
-        before = "NaN or infinity" if self.before >= OUT_OF_PLACE else f"{self.before:.3g} bounds"
-        return f"it computes {self.words} (worst error then {self.after:.2g} bounds, where it was {before})"
+        if self.before >= OUT_OF_PLACE:
+            return f"it computes {self.words} (which leaves nothing out of place)"
+        times = "all of it" if self.after == 0 else f"all but 1/{self.before / self.after:.3g} of the worst error"
+        return f"it computes {self.words} (which explains {times})"
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ def test_torch_agrees_wherever_inputs_are_finite_and_leaks_nan_elsewhere():
     assert any("dq" in line.outputs for line in compared)
     for line in report.failures:
         poisoned = not all(torch.isfinite(torch.as_tensor(a.astype("f8"))).all() for a in _real(line.case))
-        # float16 and bfloat16 kernels of the CPU round the weights once more than the published profile allows.
-        assert poisoned or (line.failing() == ("dv",) and line.worst_ratio < 2), f"{line.case}: {line.words}"
-    assert "leak" in report.mistakes
+        assert poisoned or line.failing() == ("dv",), f"{line.case}: {line.words}"
+    # torch 2.13 on the CPU: 0 · NaN of masked slots; grouped dv gathered in float16, a rounding for each query head.
+    assert report.mistakes == ("leak", "group_buffer")
 
 
 def _real(case):
