@@ -134,19 +134,6 @@ def test_a_correct_implementation_passes_every_case_with_every_gradient(fn, fold
 
 
 @pytest.mark.parametrize("fn", [plain.attention, flash], ids=["plain", "flash"])
-def test_a_correct_implementation_passes_every_case_with_every_gradient(fn, folder):
-    report = validate(fn, folder=folder)
-    assert report.ok and not report.unsupported, repr(report)
-    assert all({"out", "lse", "dq", "dk", "dv"} <= set(line.outputs) for line in report.lines)
-    assert {"dsink", "dslopes", "dbias"} <= {name for line in report.lines for name in line.outputs}
-
-
-# The published bound of dv takes the underflow of float16 weights relative to the row's maximum. A flash kernel's
-# backward pass stores them normalised, as ours does, and loses more where a row has hundreds of keys.
-BEYOND_THE_PROFILE = {"plain": set(), "flash": {("alibi/window_512", ("dv",))}}
-
-
-@pytest.mark.parametrize("fn", [plain.attention, flash], ids=["plain", "flash"])
 def test_a_correct_implementation_passes_the_committed_suite(fn):
     report = validate(fn, folder=folder_of_suite())
     assert report.ok, repr(report)
