@@ -128,6 +128,10 @@ def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
     for name in ("bias", "sink"):
         if name in x and np.isposinf(np.asarray(x[name], np.float64)).any():
             raise ShapeError(f"{name} holds +∞, which no softmax can weigh; −∞ masks, a finite number biases")
+    for term in spec.bias:
+        for name in _module(term).signature(term):
+            if not np.isfinite(np.asarray(x[name], np.float64)).all():
+                raise ShapeError(f"{name} must hold finite numbers; given: {x[name]}")
 
 
 def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, Any]:

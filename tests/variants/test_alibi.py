@@ -281,3 +281,10 @@ def test_options_out_of_range(options, message):
 def test_options_that_contradict_the_heads(heads, options, message):
     with pytest.raises(ShapeError, match=message):
         slopes_of(heads, **options)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_learned_slopes_are_finite(rng, value):
+    q = rng.standard_normal((1, 2, 3, 4))
+    with pytest.raises(ShapeError, match="slopes must hold finite numbers"):
+        ra.evaluate(ra.ALiBi(slopes="learned"), {"q": q, "k": q, "v": q, "slopes": np.full(2, value)})
