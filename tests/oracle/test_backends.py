@@ -29,7 +29,8 @@ def flash(
     there = np.broadcast_to(np.arange(lk) if k_positions is None else k_positions, (batch, lk))
 
     def number(x):
-        return np.where(np.isfinite(x), x, 0).astype(work)
+        wide = x.astype(work)
+        return np.where(np.isfinite(wide), wide, 0)
 
     def store(x):
         return x.astype(q.dtype).astype(work)
