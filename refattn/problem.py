@@ -19,7 +19,8 @@ from refattn.tape import Tape
 class Variant(Protocol):
     """What a module in `refattn.variants` offers; the registry reads it, nothing subclasses it.
 
-    A module may also offer `cases()`, `restrict(spec, x, rows)` and `operations(spec, sizes)`.
+    A module may also offer `validate(spec, x)`, which refuses what only the arrays together tell, `cases()`,
+    `restrict(spec, x, rows)` for the published rows of long cases, and `operations(spec, sizes)` for `explain`.
     """
 
     def signature(self, spec: Any) -> dict[str, Array]:
@@ -30,9 +31,6 @@ class Variant(Protocol):
 
     def resolve(self, spec: Any, sizes: Mapping[str, int]) -> Spec:
         """Defaults as exact dyadic numbers."""
-
-    def validate(self, spec: Any, x: Mapping[str, Any]) -> None:
-        """Refuse what only the arrays together tell."""
 
     def reference(self, spec: Any, x: Mapping[str, Any], state: Any = None) -> dict[str, Any]:
         """The paper's formula, on whatever space the inputs are in."""

@@ -41,7 +41,7 @@ def test_the_class_is_found_by_name_in_any_case(info):
 
 @EVERY
 def test_a_module_keeps_the_protocol(info):
-    functions = {"variant": ("signature", "outputs", "resolve", "validate", "reference", "lower", "operations")}
+    functions = {"variant": ("signature", "outputs", "resolve", "reference", "lower")}
     functions["term"] = ("signature", "resolve", "term", "lower_term")
     for name in functions[info.kind]:
         assert callable(getattr(info.module, name)), name
