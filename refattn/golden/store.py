@@ -43,8 +43,11 @@ def safetensors_bytes(tensors: Mapping[str, NDArray[Any]]) -> bytes:
     return len(text).to_bytes(8, "little") + text + b"".join(chunks)
 
 
-def read_safetensors(data: bytes, source: str) -> dict[str, NDArray[Any]]:
-    """Tensors of a safetensors file; `source` names it in errors.
+REMEDY = "restore it from the repository, or regenerate it with `refattn golden generate`"
+
+
+def read_safetensors(data: bytes, source: str, remedy: str = REMEDY) -> dict[str, NDArray[Any]]:
+    """Tensors of a safetensors file; `source` and `remedy` stand in errors.
 
     Raises
     ------
@@ -58,10 +61,7 @@ def read_safetensors(data: bytes, source: str) -> dict[str, NDArray[Any]]:
                 raise ValueError(f"tensor {name!r} is {t['dtype']}, not one of {', '.join(_DTYPES)}")
         return {n: np.frombuffer(bytes(t["data"]), _DTYPES[t["dtype"]]).reshape(t["shape"]) for n, t in found.items()}
     except (safetensors.SafetensorError, ValueError) as error:
-        raise GoldenFormatError(f"{source} is not a readable safetensors file ({error}); {REMEDY}") from None
-
-
-REMEDY = "restore it from the repository, or regenerate it with `refattn golden generate`"
+        raise GoldenFormatError(f"{source} is not a readable safetensors file ({error}); {remedy}") from None
 
 
 def json_bytes(value: Any) -> bytes:
@@ -103,7 +103,7 @@ def read_json(path: Path) -> Any:
         raise GoldenFormatError(f"{path} is not readable JSON ({error}); {REMEDY}") from None
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, remedy: str = REMEDY) -> bytes:
     """A file's bytes.
 
     Raises
@@ -114,7 +114,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise GoldenFormatError(f"{path} cannot be read ({error.strerror or error}); {REMEDY}") from None
+        raise GoldenFormatError(f"{path} cannot be read ({error.strerror or error}); {remedy}") from None
 
 
 def write(path: Path, data: bytes) -> None:
