@@ -87,6 +87,10 @@ def _alibi(**options):
     return ra.SDPA(causal=options.pop("causal", "bottom_right"), bias=ra.ALiBi(**options))
 
 
+def _alibi_interpolation(**options):
+    return ra.SDPA(causal=options.pop("causal", "bottom_right"), bias=ra.ALiBiInterpolation(**options))
+
+
 OF_TERMS = ("slopes", "t5_table")
 LEARNED = {"symmetric": ("slopes",), "half": ("slopes",), "two_sided": ("slopes", "slopes_right")}
 NUMBERS = (0.5, 0.25, 0.0, -0.125)
@@ -161,6 +165,26 @@ PROBLEMS = {
         ("t5_table", "q_lengths", "kv_lengths"),
     ),
     "T5, no key": Problem(ra.SDPA(bias=ra.T5(buckets=8)), Sizes(Lk=0), ("t5_table",)),
+    "Sandwich": Problem(ra.SDPA(causal="bottom_right", bias=ra.Sandwich(dimension=12))),
+    "Sandwich from 1": Problem(
+        ra.SDPA(scale=0.5, softcap=1.0, bias=(ra.Sandwich(dimension=2, first=1), ra.ALiBi())), Sizes(Lq=17), ("sink",)
+    ),
+    "Sandwich, positions": Problem(
+        ra.SDPA(bias=ra.Sandwich()), Sizes(Hq=6), ("q_positions", "k_positions of a batch", "mask")
+    ),
+    "Sandwich, ragged": Problem(
+        ra.SDPA(causal="bottom_right", bias=ra.Sandwich(dimension=8)), Sizes(B=4), ("q_lengths", "kv_lengths")
+    ),
+    "Sandwich, no key": Problem(ra.SDPA(bias=ra.Sandwich(dimension=4)), Sizes(Lk=0)),
+    "interpolated ALiBi, dynamic": Problem(_alibi_interpolation(train_length=4)),
+    "interpolated ALiBi, static": Problem(
+        _alibi_interpolation(train_length=3, mode="static", length=7, slopes="geometric", causal=False),
+        Sizes(Hq=6, Hkv=3),
+        ("q_positions",),
+    ),
+    "interpolated ALiBi, ragged": Problem(
+        _alibi_interpolation(train_length=3), Sizes(B=4, Lk=9), ("q_lengths", "kv_lengths", "bias of a head", "sink")
+    ),
     "biases of all kinds": Problem(
         ra.SDPA(
             bias=(

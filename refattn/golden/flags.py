@@ -126,6 +126,11 @@ _ALIBI: Mapping[str, Flag] = {
     "alibi_two_sided": _flag("Different slopes for keys before and after the query.", "attention_with_linear_biases#5"),
 }  # fmt: skip
 
+_INTERPOLATION: Mapping[str, Flag] = {
+    "alibi_dynamic_interpolation": _flag("Linear biases whose slopes shrink with the count of keys."),
+    "alibi_static_interpolation": _flag("Linear biases whose slopes shrink for a length that is given."),
+}
+
 _T5: Mapping[str, Flag] = {
     "t5": _flag("A learned bias for each bucket of distances, with its gradient.", "TensorRT-LLM#1343", "candle#727"),
     "t5_bidirectional": _flag("Buckets on both sides of the query."),
@@ -142,7 +147,7 @@ _SANDWICH: Mapping[str, Flag] = {
     "sandwich_from_1": _flag("The cosines counted from t = 1."),
 }
 
-FLAGS: Mapping[str, Flag] = {**_FAMILIES, **_OPTIONS, **_SHAPES, **_ALIBI, **_SANDWICH, **_T5, **_LINFORMER}
+FLAGS: Mapping[str, Flag] = {**_FAMILIES, **_OPTIONS, **_SHAPES, **_ALIBI, **_INTERPOLATION, **_SANDWICH, **_T5, **_LINFORMER}
 
 
 def table() -> str:
@@ -153,6 +158,7 @@ def table() -> str:
         ("Options", _OPTIONS),
         ("Shapes and types", _SHAPES),
         ("ALiBi", _ALIBI),
+        ("Position interpolation for ALiBi", _INTERPOLATION),
         ("Sandwich", _SANDWICH),
         ("T5", _T5),
         ("Linformer", _LINFORMER),
