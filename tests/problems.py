@@ -149,6 +149,7 @@ PROBLEMS = {
     "ALiBi two numbers": Problem(
         _alibi(slopes=NUMBERS, slopes_right=NUMBERS[::-1], direction="two_sided", causal=False)
     ),
+    "NoPE": Problem(ra.SDPA(causal="bottom_right", bias=(ra.NoPE(), ra.ALiBi(), ra.NoPE()))),
     "T5": Problem(ra.SDPA(causal="bottom_right", bias=ra.T5(buckets=8, max_distance=6)), extras=("t5_table",)),
     "T5 bidirectional": Problem(
         ra.SDPA(scale=1.0, bias=ra.T5(buckets=8, max_distance=5, bidirectional=True)),

@@ -131,6 +131,8 @@ _INTERPOLATION: Mapping[str, Flag] = {
     "alibi_static_interpolation": _flag("Linear biases whose slopes shrink for a length that is given."),
 }
 
+_NOPE: Mapping[str, Flag] = {"nope": _flag("Causal attention without positions, in which a position would show.")}
+
 _T5: Mapping[str, Flag] = {
     "t5": _flag("A learned bias for each bucket of distances, with its gradient.", "TensorRT-LLM#1343", "candle#727"),
     "t5_bidirectional": _flag("Buckets on both sides of the query."),
@@ -147,7 +149,17 @@ _SANDWICH: Mapping[str, Flag] = {
     "sandwich_from_1": _flag("The cosines counted from t = 1."),
 }
 
-FLAGS: Mapping[str, Flag] = {**_FAMILIES, **_OPTIONS, **_SHAPES, **_ALIBI, **_INTERPOLATION, **_SANDWICH, **_T5, **_LINFORMER}
+FLAGS: Mapping[str, Flag] = {
+    **_FAMILIES,
+    **_OPTIONS,
+    **_SHAPES,
+    **_ALIBI,
+    **_INTERPOLATION,
+    **_SANDWICH,
+    **_T5,
+    **_NOPE,
+    **_LINFORMER,
+}
 
 
 def table() -> str:
@@ -161,6 +173,7 @@ def table() -> str:
         ("Position interpolation for ALiBi", _INTERPOLATION),
         ("Sandwich", _SANDWICH),
         ("T5", _T5),
+        ("NoPE", _NOPE),
         ("Linformer", _LINFORMER),
     ):
         rows = (f"| `{name}` | {flag.exercises} | {', '.join(flag.bugs)} |" for name, flag in flags.items())

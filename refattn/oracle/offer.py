@@ -128,7 +128,7 @@ def _offer_bias(
         arguments["alibi_slopes"] = np.asarray(slopes[0].slopes, _wide(golden))
         leaves["alibi_slopes"] = "slopes"
         rest.remove(slopes[0])
-    if len(rest) == 1 and isinstance(rest[0], Dense):
+    if len(rest) == 1 and "bias" in arrays:
         arguments["bias"], leaves["bias"] = arrays["bias"], "bias"
     elif rest:
         total: Any = sum(dense(b, plan) for b in rest)
