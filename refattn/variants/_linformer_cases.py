@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from refattn.case import NORMAL, Case, Recipe, Rows
+from refattn.case import NORMAL, Case, Edit, Recipe, Rows
 from refattn.variants._case_parts import INF, NAN, edited, flagged, integers, rows_of, scaled, sizes
 from refattn.variants.linformer import Linformer
 
@@ -48,6 +48,7 @@ def listed() -> Iterator[Case]:
         spec=Linformer(sharing="kv"),
         sizes=mixtures(4, (12, 12), (2, 2), batch=2),
         dtype="bfloat16",
+        inputs={"E": Recipe(exp2=-10)},
         catches="the gradient of E from the keys alone, where the values are mixed by it too",
     )
     yield Case(
@@ -91,7 +92,6 @@ def listed() -> Iterator[Case]:
         name="linformer/cancelling_keys_300",
         spec=Linformer(sharing="kv"),
         sizes=mixtures(3, (7, 300), (2, 1), (8, 4)),
-        dtype="bfloat16",
         inputs={
             "E": edited(
                 Recipe(kind="constant", value=1.0),
@@ -101,21 +101,23 @@ def listed() -> Iterator[Case]:
                 scaled((1, tuple(range(1, 300, 45))), 2.0),
                 scaled((2, tuple(range(3, 300, 99))), 0.25),
             ),
-            "k": Recipe(exp2=-6, alternate=True),
-            "v": Recipe(exp2=-6, alternate=True),
+            "k": Recipe(exp2=-9, alternate=True),
+            "v": Recipe(exp2=-8, alternate=True),
         },
         rows=Rows(q=tuple(range(7)), k=(0, 1, 127, 128, 299)),
         flags=("cancelling_values",),
-        catches="mixtures of keys +k, −k accumulated in bfloat16, which loses what is left of them",
+        catches="mixtures of keys +k, −k accumulated in 16 bits, which loses what is left of them",
     )
     yield Case(
         name="linformer/large_scores",
         spec=Linformer(),
         sizes=mixtures(4, (8, 20), (2, 2), (16, 8)),
-        dtype="float16",
-        inputs={"q": edited(Recipe(exp2=-12), scaled((None, None, (1, 3, 4, 7), None), 256.0)), "E": Recipe(exp2=-5)},
+        inputs={
+            "q": Recipe(exp2=-2),
+            "E": edited(Recipe(exp2=-15), Edit(at=(None, None), op="add", value=0.25)),
+        },
         flags=("large_scores",),
-        catches="exponentials without the maximum of the mixtures' scores, which lie in the hundreds",
+        catches="exponentials without their row's maximum: the mixtures' scores lie near each other and beyond ±100",
     )
     yield Case(
         name="linformer/queries_2049",

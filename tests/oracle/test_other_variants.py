@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def ours(q, k, v, E, F, heads="shared", scale=None, dout=None, dlse=None):
+def ours(q, k, v, E, F, *, heads="shared", scale=None, dout=None, dlse=None):
     spec, x = ra.Linformer(heads=heads, scale=scale), {"q": q, "k": k, "v": v, "E": E, "F": F}
     duals = {name: dual for name, dual in (("out", dout), ("lse", dlse)) if dual is not None}
     return dict(ra.evaluate(spec, x, want=("out", "lse"))) | dict(ra.vjp(spec, x, duals))
@@ -29,7 +29,7 @@ def without_options(q, k, v, E, F):
     return ours(q, k, v, E, F, dout=np.zeros(q.shape[:3] + v.shape[3:]))["out"]
 
 
-def exchanged(q, k, v, E, F, heads="shared", scale=None):
+def exchanged(q, k, v, E, F, *, heads="shared", scale=None):
     return without_options(q, k, v, F, E)
 
 
