@@ -10,7 +10,11 @@ from refattn.registry import class_named, spec, variants
 
 if TYPE_CHECKING:
     from refattn.variants.alibi import ALiBi as ALiBi
+    from refattn.variants.alibi_interpolation import ALiBiInterpolation as ALiBiInterpolation
+    from refattn.variants.nope import NoPE as NoPE
+    from refattn.variants.sandwich import Sandwich as Sandwich
     from refattn.variants.sdpa import SDPA as SDPA
+    from refattn.variants.t5 import T5 as T5
 
 __all__ = ["attention", "errors", "evaluate", "explain", "spec", "variants", "vjp"]
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from refattn.errors import DTypeError
 from refattn.exponential import EXP_ERROR, LOG_ERROR, exp64, log64
 from refattn.numeric import Bools, Value, contraction
+from refattn.trigonometric import CIRCULAR_ERROR, REACH, cos64, sin64
 
 Floats = NDArray[np.float64]
 
@@ -36,12 +37,12 @@ _U64 = 2.0**-53
 class Profile:
     """What a kernel may do; docs/tolerance.md says it in words.
 
-    unit: roundoff of products, quotients and sums; accumulation: of sums of products (2·unit where they may
-    truncate); tiny: what a flushed result loses; largest: magnitude from which a kernel may overflow. exponential,
-    logarithm, hyperbolic: relative errors of those functions. In units of roundoff: term, of each addend of a sum of
+    unit: roundoff of products, quotients and sums; accumulation: of sums of products (2·unit where they may truncate);
+    tiny: what a flushed result loses; largest: magnitude from which a kernel may overflow. exponential, logarithm,
+    hyperbolic, circular: relative errors of those functions. In units of roundoff: term, of each addend of a sum of
     two, which may be converted to base 2 and added in any order; argument, of an exponent; shift, of the row maximum or
-    log-sum-exp subtracted; extra, per sum; rescale, per sixteen keys, for a running maximum; saved, per power of two
-    of the terms of a sum whose logarithm is saved and read back. storage, storage_tiny, storage_largest: roundoff,
+    log-sum-exp subtracted; extra, per sum; rescale, per sixteen keys, for a running maximum; saved, per power of two of
+    the terms of a sum whose logarithm is saved and read back. storage, storage_tiny, storage_largest: roundoff,
     underflow and overflow of what may be kept in the storage type (numeric.stored).
     """
 
@@ -53,6 +54,7 @@ class Profile:
     exponential: float = 0.0
     logarithm: float = 0.0
     hyperbolic: float = 0.0
+    circular: float = 0.0
     term: int = 0
     argument: int = 0
     shift: int = 0
@@ -173,6 +175,25 @@ class BoundSpace:
         y = np.where(small, x.x, np.copysign(1 - 2 / (exp64(2 * np.minimum(size, 350.0)) + 1), x.x))
         e = x.e + np.where(small, size * 2.0**-56, 8 * _U64)
         e = (e + p.hyperbolic * np.minimum(np.abs(y) + 2 * e, 1.0) + p.tiny) * _SLACK
+        return Bounded(self, y, np.where(_zero(x), 0.0, e))
+
+    def sin(self, x: Bounded) -> Bounded:
+        """|sin'| ≤ 1; sin 0 = 0 exactly."""
+        return self._circular(x, sin64(x.x))
+
+    def cos(self, x: Bounded) -> Bounded:
+        """|cos'| ≤ 1; cos 0 = 1 exactly."""
+        return self._circular(x, cos64(x.x))
+
+    def _circular(self, x: Bounded, y: Floats) -> Bounded:
+        """E, and the function's error; where our own functions do not reach, a centre 0 and all of [−1, 1] around it.
+
+        Two numbers in [−1, 1] are at most 2 apart, so no argument makes e larger, however far it strays.
+        """
+        p = self.profile
+        y = np.where(np.isfinite(x.x) & (np.abs(x.x) > REACH), 0.0, y)
+        e = np.where(np.abs(x.x) > REACH, 2.0, np.minimum(x.e + CIRCULAR_ERROR, 2.0))
+        e = (e + p.circular * np.minimum(np.abs(y) + 2 * e, 1.0) + p.tiny) * _SLACK
         return Bounded(self, y, np.where(_zero(x), 0.0, e))
 
     def reshape(self, x: Bounded, shape: tuple[int, ...]) -> Bounded:
@@ -332,6 +353,7 @@ def _kernel(name: str, unit: float, tiny: float, **storage: float) -> Profile:
         exponential=error,
         logarithm=error,
         hyperbolic=error,
+        circular=error,
         term=3,
         argument=2,
         shift=2,

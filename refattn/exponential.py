@@ -34,7 +34,7 @@ def exp64(x: Any) -> NDArray[np.float64]:
     n = np.rint(np.clip(x, -1100.0, 710.0) * _RECIPROCAL_LN2)
     r = (x - n * _LN2_HEAD) - n * _LN2_TAIL
     r = np.clip(r, -0.5, 0.5)
-    y: NDArray[np.float64] = np.ldexp(_horner(_EXP, r), np.nan_to_num(n).astype(np.int64))
+    y: NDArray[np.float64] = np.ldexp(horner(_EXP, r), np.nan_to_num(n).astype(np.int64))
     return y
 
 
@@ -46,11 +46,12 @@ def log64(x: Any) -> NDArray[np.float64]:
     f, n = np.where(low, 2 * f, f), n - low
     with np.errstate(divide="ignore", invalid="ignore"):
         t = (f - 1) / (f + 1)
-    y = n * _LN2_HEAD + (n * _LN2_TAIL + 2 * t * _horner(_LOG, t * t))
+    y = n * _LN2_HEAD + (n * _LN2_TAIL + 2 * t * horner(_LOG, t * t))
     return np.where((x > 0) & (x < np.inf), y, np.where(x == 0, -np.inf, np.where(x > 0, x, np.nan)))
 
 
-def _horner(coefficients: list[float], x: NDArray[np.float64]) -> NDArray[np.float64]:
+def horner(coefficients: list[float], x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Σ coefficients[k] x^k, from the highest power down."""
     y = np.full(x.shape, coefficients[-1])
     for c in reversed(coefficients[:-1]):
         y = y * x + c

@@ -106,7 +106,7 @@ class Float64:
         return np.asarray(value).astype(np.float64)
 
     add, sub, mul, div = np.add, np.subtract, np.multiply, np.true_divide
-    exp, log, tanh = np.exp, np.log, np.tanh
+    exp, log, tanh, sin, cos = np.exp, np.log, np.tanh, np.sin, np.cos
     finite = np.isfinite
     reshape, transpose, broadcast = staticmethod(np.reshape), staticmethod(np.transpose), staticmethod(np.broadcast_to)
     take, where, concatenate = staticmethod(np.take), staticmethod(np.where), staticmethod(np.concatenate)
@@ -175,6 +175,16 @@ def log(x: Any) -> Any:
 def tanh(x: Any) -> Any:
     """Hyperbolic tangent."""
     return space_of(x).tanh(x)
+
+
+def sin(x: Any) -> Any:
+    """Sine of x in radians."""
+    return space_of(x).sin(x)
+
+
+def cos(x: Any) -> Any:
+    """Cosine of x in radians."""
+    return space_of(x).cos(x)
 
 
 def reshape(x: Any, shape: tuple[int, ...]) -> Any:

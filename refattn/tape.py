@@ -107,6 +107,14 @@ class Tape:
         node = self._node(numeric.tanh(x.value), (x, lambda g: g * (1 - node.value * node.value)))
         return node
 
+    def sin(self, x: Any) -> Any:
+        """d sin x = cos x dx."""
+        return self._node(numeric.sin(x.value), (x, lambda g: g * numeric.cos(x.value)))
+
+    def cos(self, x: Any) -> Any:
+        """d cos x = −sin x dx."""
+        return self._node(numeric.cos(x.value), (x, lambda g: -g * numeric.sin(x.value)))
+
     def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
         """The cotangent takes the old shape."""
         return self._node(numeric.reshape(x.value, shape), (x, lambda g: numeric.reshape(g, x.shape)))

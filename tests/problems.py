@@ -18,6 +18,10 @@ class Sizes(NamedTuple):
     Dv: int = 5
 
 
+# Sizes of arrays that a default Spec says itself.
+FIXED = {"buckets": 32}
+
+
 class Problem(NamedTuple):
     spec: ra.SDPA
     sizes: Sizes = Sizes()
@@ -63,6 +67,7 @@ EXTRAS: dict[str, Callable[[Any, Sizes], dict[str, Any]]] = {
     "keep of a key": lambda rng, s: {"keep": rng.random((1, 1, s.Lk)) < 0.8},
     "slopes": lambda rng, s: {"slopes": rng.random(s.Hq)},
     "slopes_right": lambda rng, s: {"slopes_right": rng.standard_normal(s.Hq)},
+    "t5_table": lambda rng, s: {"t5_table": rng.standard_normal((8, s.Hq))},
 }
 
 
@@ -82,6 +87,11 @@ def _alibi(**options):
     return ra.SDPA(causal=options.pop("causal", "bottom_right"), bias=ra.ALiBi(**options))
 
 
+def _alibi_interpolation(**options):
+    return ra.SDPA(causal=options.pop("causal", "bottom_right"), bias=ra.ALiBiInterpolation(**options))
+
+
+OF_TERMS = ("slopes", "t5_table")
 LEARNED = {"symmetric": ("slopes",), "half": ("slopes",), "two_sided": ("slopes", "slopes_right")}
 NUMBERS = (0.5, 0.25, 0.0, -0.125)
 
@@ -111,7 +121,7 @@ PROBLEMS = {
     "window to the right": Problem(ra.SDPA(window=(None, 0))),
     "window of one": Problem(ra.SDPA(causal="top_left", window=(0, 0)), Sizes(Lq=8)),
     "causal window": Problem(ra.SDPA(causal="bottom_right", window=(2, 3)), Sizes(Lq=8, Lk=8)),
-    **{extra: Problem(ra.SDPA(), extras=(extra,)) for extra in EXTRAS if not extra.startswith(("keep", "slopes"))},
+    **{extra: Problem(ra.SDPA(), extras=(extra,)) for extra in EXTRAS if not extra.startswith(("keep", *OF_TERMS))},
     **{extra: Problem(ra.SDPA(keep_probability=0.75), extras=(extra,)) for extra in EXTRAS if extra.startswith("keep")},
     "nothing live, a sink": Problem(ra.SDPA(), extras=("mask of nothing", "sink")),
     "ragged": Problem(ra.SDPA(causal="bottom_right"), Sizes(B=4), ("q_lengths", "kv_lengths")),
@@ -138,6 +148,43 @@ PROBLEMS = {
     "ALiBi numbers": Problem(_alibi(slopes=NUMBERS)),
     "ALiBi two numbers": Problem(
         _alibi(slopes=NUMBERS, slopes_right=NUMBERS[::-1], direction="two_sided", causal=False)
+    ),
+    "NoPE": Problem(ra.SDPA(causal="bottom_right", bias=(ra.NoPE(), ra.ALiBi(), ra.NoPE()))),
+    "T5": Problem(ra.SDPA(causal="bottom_right", bias=ra.T5(buckets=8, max_distance=6)), extras=("t5_table",)),
+    "T5 bidirectional": Problem(
+        ra.SDPA(scale=1.0, bias=ra.T5(buckets=8, max_distance=5, bidirectional=True)),
+        Sizes(Lq=15, Lk=17),
+        ("t5_table", "sink"),
+    ),
+    "T5, positions": Problem(
+        ra.SDPA(bias=(ra.T5(buckets=8, max_distance=5, bidirectional=True), ra.ALiBi())),
+        extras=("t5_table", "q_positions", "k_positions of a batch"),
+    ),
+    "T5, ragged": Problem(
+        ra.SDPA(causal="bottom_right", softcap=1.0, bias=ra.T5(buckets=8, max_distance=5)),
+        Sizes(B=4),
+        ("t5_table", "q_lengths", "kv_lengths"),
+    ),
+    "T5, no key": Problem(ra.SDPA(bias=ra.T5(buckets=8)), Sizes(Lk=0), ("t5_table",)),
+    "Sandwich": Problem(ra.SDPA(causal="bottom_right", bias=ra.Sandwich(dimension=12))),
+    "Sandwich from 1": Problem(
+        ra.SDPA(scale=0.5, softcap=1.0, bias=(ra.Sandwich(dimension=2, first=1), ra.ALiBi())), Sizes(Lq=17), ("sink",)
+    ),
+    "Sandwich, positions": Problem(
+        ra.SDPA(bias=ra.Sandwich()), Sizes(Hq=6), ("q_positions", "k_positions of a batch", "mask")
+    ),
+    "Sandwich, ragged": Problem(
+        ra.SDPA(causal="bottom_right", bias=ra.Sandwich(dimension=8)), Sizes(B=4), ("q_lengths", "kv_lengths")
+    ),
+    "Sandwich, no key": Problem(ra.SDPA(bias=ra.Sandwich(dimension=4)), Sizes(Lk=0)),
+    "interpolated ALiBi, dynamic": Problem(_alibi_interpolation(train_length=4)),
+    "interpolated ALiBi, static": Problem(
+        _alibi_interpolation(train_length=3, mode="static", length=7, slopes="geometric", causal=False),
+        Sizes(Hq=6, Hkv=3),
+        ("q_positions",),
+    ),
+    "interpolated ALiBi, ragged": Problem(
+        _alibi_interpolation(train_length=3), Sizes(B=4, Lk=9), ("q_lengths", "kv_lengths", "bias of a head", "sink")
     ),
     "biases of all kinds": Problem(
         ra.SDPA(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from problems import FIXED
 
 import refattn as ra
 from refattn import registry
@@ -23,6 +24,7 @@ SPECS = {info.name: info.spec() for info in ra.variants().values()} | {
     "learned slopes": ra.ALiBi(slopes="learned", direction="two_sided"),
     "keep": ra.SDPA(keep_probability=0.75, window=(1, None), softcap=5.0),
     "half": ra.SDPA(bias=ra.ALiBi(direction="half")),
+    "mixtures of a head": ra.Linformer(sharing="kv", heads="per_head"),
 }
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2)
 FOREIGN = {
@@ -48,7 +50,7 @@ def problems(draw, least=0):
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     groups, length = draw(st.integers(1, 3)), draw(st.integers(least, 5))
     size = st.integers(least, 4)
-    sizes = {"Hkv": groups, "Hq": groups * 2 * draw(st.integers(1, 2)), "Lq": length, "Lk": length}
+    sizes = {"Hkv": groups, "Hq": groups * 2 * draw(st.integers(1, 2)), "Lq": length, "Lk": length, **FIXED}
     dtype = draw(st.sampled_from(FLOATS))
     arrays = {}
     for name, array in signature_of(spec).items():

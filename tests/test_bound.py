@@ -10,7 +10,7 @@ import pytest
 from problems import PROBLEMS, arrays
 
 import refattn as ra
-from refattn import api, bound, exponential, numeric
+from refattn import api, bound, exponential, numeric, trigonometric
 from refattn.bound import FLASH_BF16, FLASH_F16, FLOAT32, FLOAT64, PROFILES, Bounded, BoundSpace
 from refattn.engines.certified.balls import BALLS
 from refattn.golden import build
@@ -27,7 +27,7 @@ def corners(rng, profile, shape=(4, 500)):
 
 
 BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.true_divide}
-UNARY = {"exp": np.exp, "log": np.log, "tanh": np.tanh}
+UNARY = {"exp": np.exp, "log": np.log, "tanh": np.tanh, "sin": np.sin, "cos": np.cos}
 
 
 def admissible(found, exact, got):
@@ -212,14 +212,14 @@ def test_the_running_bound_is_the_closed_form(rng, shape, amplitude, profile):
 
 
 def test_bounds_come_from_operations_that_every_machine_rounds_alike(monkeypatch):
-    """No vendor's function, no reduction whose order is free: the text of both modules names none."""
+    """No vendor's function, no reduction whose order is free: the text of these modules names none."""
     allowed = {
         *("abs", "maximum", "minimum", "clip", "where", "isfinite", "isnan", "isneginf", "rint", "ldexp", "frexp"),
         *("copysign", "nan_to_num", "asarray", "atleast_1d", "ascontiguousarray", "broadcast_to", "take", "full"),
         *("arange", "zeros", "delete", "concatenate", "errstate", "inf", "nan", "finfo", "float32", "float64"),
         *("int64", "intp", "prod", "add", "max"),
     }
-    for module in (bound, exponential):
+    for module in (bound, exponential, trigonometric):
         tree = ast.parse(inspect.getsource(module))
         used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "np"}
         assert used <= allowed, used - allowed

@@ -171,6 +171,8 @@ def test_functions(lift):
     near(plain(numeric.exp(x)), np.exp(a), 1e-15)
     near(plain(numeric.log(x)), np.log(a), 1e-15)
     near(plain(numeric.tanh(x)), np.tanh(a), 1e-15)
+    near(plain(numeric.sin(x)), np.sin(a), 1e-15)
+    near(plain(numeric.cos(x)), np.cos(a), 1e-15)
     same(plain(numeric.stop(x)), a)
     same(plain(numeric.stored(x)), a)
 

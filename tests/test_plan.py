@@ -5,7 +5,7 @@ import pytest
 from checks import near
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import EXTRAS, PROBLEMS, Problem, Sizes, arrays
+from problems import EXTRAS, OF_TERMS, PROBLEMS, Problem, Sizes, arrays
 
 import refattn as ra
 from refattn import api, plan
@@ -37,7 +37,7 @@ def problems(draw):
     ends = st.none() | st.integers(0, 4)
     direction = draw(st.sampled_from([None, "symmetric", "two_sided"] + ["half"] * (heads % 2 == 0)))
     rule = draw(st.sampled_from(["interleaved", "geometric", "learned"]))
-    dense = [e for e in EXTRAS if not e.startswith("slopes")]
+    dense = [e for e in EXTRAS if not e.startswith(OF_TERMS)]
     extras = tuple(draw(st.lists(st.sampled_from(dense), unique_by=lambda e: e.split()[0], max_size=5)))
     if direction and rule == "learned":
         extras += ("slopes", "slopes_right") if direction == "two_sided" else ("slopes",)

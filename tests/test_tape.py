@@ -51,6 +51,8 @@ PRIMITIVES = {
     "exp": (numeric.exp, A),
     "log": (numeric.log, positive(3, 4)),
     "tanh": (numeric.tanh, A),
+    "sin": (numeric.sin, A),
+    "cos": (numeric.cos, A),
     "reshape": (lambda x: numeric.reshape(x, (2, 6)), A),
     "transpose": (lambda x: numeric.transpose(x, (2, 0, 1)), normal(2, 3, 4)),
     "broadcast": (lambda x: numeric.broadcast(x, (2, 3, 4)), normal(3, 1)),

@@ -126,7 +126,40 @@ _ALIBI: Mapping[str, Flag] = {
     "alibi_two_sided": _flag("Different slopes for keys before and after the query.", "attention_with_linear_biases#5"),
 }  # fmt: skip
 
-FLAGS: Mapping[str, Flag] = {**_FAMILIES, **_OPTIONS, **_SHAPES, **_ALIBI}
+_INTERPOLATION: Mapping[str, Flag] = {
+    "alibi_dynamic_interpolation": _flag("Linear biases whose slopes shrink with the count of keys."),
+    "alibi_static_interpolation": _flag("Linear biases whose slopes shrink for a length that is given."),
+}
+
+_NOPE: Mapping[str, Flag] = {"nope": _flag("Causal attention without positions, in which a position would show.")}
+
+_T5: Mapping[str, Flag] = {
+    "t5": _flag("A learned bias for each bucket of distances, with its gradient.", "TensorRT-LLM#1343", "candle#727"),
+    "t5_bidirectional": _flag("Buckets on both sides of the query."),
+}
+
+_LINFORMER: Mapping[str, Flag] = {
+    "linformer": _flag("Attention over learned mixtures of the keys and values, with the gradients of the mixing."),
+    "linformer_per_head": _flag("Mixtures of its own for every key head."),
+    "linformer_shared_kv": _flag("Keys and values mixed by one matrix."),
+}
+
+_SANDWICH: Mapping[str, Flag] = {
+    "sandwich": _flag("A bias of cosines of the distance."),
+    "sandwich_from_1": _flag("The cosines counted from t = 1."),
+}
+
+FLAGS: Mapping[str, Flag] = {
+    **_FAMILIES,
+    **_OPTIONS,
+    **_SHAPES,
+    **_ALIBI,
+    **_INTERPOLATION,
+    **_SANDWICH,
+    **_T5,
+    **_NOPE,
+    **_LINFORMER,
+}
 
 
 def table() -> str:
@@ -137,6 +170,11 @@ def table() -> str:
         ("Options", _OPTIONS),
         ("Shapes and types", _SHAPES),
         ("ALiBi", _ALIBI),
+        ("Position interpolation for ALiBi", _INTERPOLATION),
+        ("Sandwich", _SANDWICH),
+        ("T5", _T5),
+        ("NoPE", _NOPE),
+        ("Linformer", _LINFORMER),
     ):
         rows = (f"| `{name}` | {flag.exercises} | {', '.join(flag.bugs)} |" for name, flag in flags.items())
         parts.append("\n".join((f"### {title}", "", "| flag | what it exercises | reports |", "|---|---|---|", *rows)))

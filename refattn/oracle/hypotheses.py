@@ -107,8 +107,9 @@ def slopes(f: Failure) -> Iterator[Alternative]:
             continue
         learned = term.slopes == "learned"
         none = {"slopes": None, "slopes_right": None} if learned else {}
+        right = {"slopes_right": None} if hasattr(term, "slopes_right") else {}
         for rule in ("geometric", "interleaved"):
-            changed = replace(term, slopes=rule, slopes_right=None)
+            changed = replace(term, slopes=rule, **right)
             words = f"ALiBi with {rule} slopes, where others are given"
             yield Alternative(key=f"{rule}_slopes", words=words, spec=_with_term(spec, term, changed), arrays=none)
         for key, words, factor in (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from refattn import api
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import SpecError, Unsupported
+from refattn.golden.inputs import resolved
 from refattn.golden.load import Golden
 from refattn.plan import Bias, Dense, Score, Slope
 
@@ -74,6 +75,8 @@ def offer(golden: Golden, takes: Declared) -> Offer:
     """
     spec: Any = golden.spec
     arrays = golden.inputs()
+    if spec.variant != "sdpa":
+        return _offer_by_name(golden, arrays, takes)
     arguments: dict[str, Any] = {name: arrays[name] for name in ("q", "k", "v")}
     leaves = {name: name for name in arguments}
     for name in ("causal", "window", "softcap"):
@@ -95,6 +98,22 @@ def offer(golden: Golden, takes: Declared) -> Offer:
     return Offer(arguments, leaves)
 
 
+def _offer_by_name(golden: Golden, arrays: Mapping[str, Any], takes: Declared) -> Offer:
+    """Another variant's arrays and options by their own names, each of which the backend must declare itself.
+
+    **options is not enough: q, k and v mean plain attention to whoever does not know the variant.
+    """
+    spec: Any = golden.spec
+    options = {f.name: getattr(spec, f.name) for f in fields(spec) if getattr(spec, f.name) != f.default}
+    if options.get("scale") == sqrt_reciprocal(golden.sizes["D"]):
+        del options["scale"]
+    missing = [name for name in (*arrays, *options) if name not in takes.names]
+    if missing:
+        raise Unsupported(f"takes no {' and no '.join(missing)}, which {spec.variant} needs")
+    real = {name for name, array in resolved(golden.case())[1].items() if array.kind == "real"}
+    return Offer({**arrays, **options}, {name: name for name in arrays if name in real})
+
+
 def _offer_bias(
     golden: Golden, arrays: Mapping[str, Any], takes: Declared, arguments: dict[str, Any], leaves: dict[str, str]
 ) -> None:
@@ -109,7 +128,7 @@ def _offer_bias(
         arguments["alibi_slopes"] = np.asarray(slopes[0].slopes, _wide(golden))
         leaves["alibi_slopes"] = "slopes"
         rest.remove(slopes[0])
-    if len(rest) == 1 and isinstance(rest[0], Dense):
+    if len(rest) == 1 and "bias" in arrays:
         arguments["bias"], leaves["bias"] = arrays["bias"], "bias"
     elif rest:
         total: Any = sum(dense(b, plan) for b in rest)

@@ -42,6 +42,7 @@ def validate(
         window (left, right); scale where it is not D^-1/2; softcap; bias, dense; mask; sink; segment_ids, a pair;
         q_lengths, kv_lengths, q_positions, k_positions; keep (mask, probability); alibi_slopes (Hq,), else a dense
         bias. A parameter `dout` (and `dlse`) receives the cotangents, so that gradients can be returned.
+        A variant beside SDPA is asked by the names of its own arrays and options, all of which fn must declare.
         Returns out, or a mapping with out, lse, dq, dk, dv, dbias, dsink, ...; NotImplementedError declines a case.
         A string names an adapter such as "torch:sdpa", or "package.module:function".
     arrays : "numpy", "torch" or "jax"
@@ -104,7 +105,8 @@ def _run(golden: Golden, fn: Callable[..., Any], takes: Declared, kind: str, dia
         return Line(golden.name, "fail", words=f"raised {name}{_one_line(error)}")
     if all(c.verdict == "pass" for c in found):
         return Line(golden.name, "pass", found)
-    diagnosis.note(golden, results, found)
+    if golden.spec.variant == "sdpa":  # what may be wrong with another variant nobody has written down
+        diagnosis.note(golden, results, found)
     return Line(golden.name, "fail", found)
 
 

@@ -151,7 +151,7 @@ def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, 
         s = cap * tanh(stored(s, cotangent=True) / cap)
     for term in spec.bias:
         logits, allowed = _module(term).term(term, x, at)
-        s = s + logits
+        s = s if logits is None else s + logits
         live = live if allowed is None else live & allowed
     if "bias" in x:
         masked = minus_infinite(x["bias"])

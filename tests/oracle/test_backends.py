@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from refattn.golden.load import folder_of_suite
+from refattn.golden.load import folder_of_suite, load
 from refattn.oracle import plain, validate
 
 BLOCK = 32
@@ -138,4 +138,5 @@ def test_a_correct_implementation_passes_every_case_with_every_gradient(fn, fold
 def test_a_correct_implementation_passes_the_committed_suite(fn):
     report = validate(fn, folder=folder_of_suite())
     assert report.ok, repr(report)
-    assert len(report.passed) >= 80 and not report.unsupported
+    assert len(report.passed) >= 80
+    assert all(load(line.case).spec.variant != "sdpa" for line in report.unsupported)

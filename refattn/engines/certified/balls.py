@@ -19,6 +19,7 @@ from refattn.errors import DTypeError, Undecided
 from refattn.numeric import Bools, Value, contraction
 
 _exp, _log, _tanh, _lift = (np.frompyfunc(f, 1, 1) for f in (arb.exp, arb.log, arb.tanh, arb))
+_sin, _cos = (np.frompyfunc(f, 1, 1) for f in (lambda x: _turn(x).sin(), lambda x: _turn(x).cos()))
 _midpoint, _radius, _float = (np.frompyfunc(f, 1, 1) for f in (arb.mid, arb.rad, float))
 _is_finite, _is_exact, _is_nan = (np.frompyfunc(f, 1, 1) for f in (arb.is_finite, arb.is_exact, arb.is_nan))
 _ZERO: Any = arb(0)
@@ -115,6 +116,14 @@ class BallSpace:
         """Hyperbolic tangent."""
         return Balls(_objects(_tanh(x._balls)))
 
+    def sin(self, x: Balls) -> Balls:
+        """Sine."""
+        return Balls(_objects(_sin(x._balls)))
+
+    def cos(self, x: Balls) -> Balls:
+        """Cosine."""
+        return Balls(_objects(_cos(x._balls)))
+
     def reshape(self, x: Balls, shape: tuple[int, ...]) -> Balls:
         """Another shape."""
         return Balls(x._balls.reshape(shape))
@@ -194,6 +203,11 @@ class BallSpace:
 
 
 BALLS = BallSpace()
+
+
+def _turn(x: arb) -> arb:
+    """An exact infinity has no sine, though Arb gives it all of [−1, 1]; a ball of infinite radius has."""
+    return x if x.is_finite() or not x.is_exact() else arb("nan")
 
 
 def _object(ball: arb) -> NDArray[np.object_]:

@@ -1,0 +1,67 @@
+"""Backends of variants beside SDPA are called by the variant's own names, and only where they declare them all."""
+
+import numpy as np
+import pytest
+
+import refattn as ra
+from refattn import registry
+from refattn.golden import suite
+from refattn.golden.build import build
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two of Linformer's cases: one with an option, one without."""
+    chosen = [c for c in registry.info("linformer").cases() if c.name in ("linformer/shared", "linformer/per_head")]
+    built = {case.name: build(case) for case in chosen}
+    path = tmp_path_factory.mktemp("linformer")
+    suite.publish(path, {name: (b.manifest, b.tensors) for name, b in built.items()})
+    return path
+
+
+def ours(q, k, v, E, F, *, heads="shared", scale=None, dout=None, dlse=None):
+    spec, x = ra.Linformer(heads=heads, scale=scale), {"q": q, "k": k, "v": v, "E": E, "F": F}
+    duals = {name: dual for name, dual in (("out", dout), ("lse", dlse)) if dual is not None}
+    return dict(ra.evaluate(spec, x, want=("out", "lse"))) | dict(ra.vjp(spec, x, duals))
+
+
+def without_options(q, k, v, E, F):
+    return ours(q, k, v, E, F, dout=np.zeros(q.shape[:3] + v.shape[3:]))["out"]
+
+
+def exchanged(q, k, v, E, F, *, heads="shared", scale=None):
+    return without_options(q, k, v, F, E)
+
+
+def plain(q, k, v, **options):
+    return ra.attention(q, k, v)
+
+
+def verdicts(fn, folder):
+    return {line.case: (line.verdict, line.words) for line in ra.validate(fn, folder=folder).lines}
+
+
+def test_the_arrays_and_options_come_by_their_names_and_gradients_are_compared(folder):
+    assert set(verdicts(ours, folder).values()) == {("pass", "")}
+
+
+def test_an_option_that_is_not_declared_makes_the_case_not_supported(folder):
+    found = verdicts(without_options, folder)
+    assert found["linformer/shared"][0] == "pass"
+    assert found["linformer/per_head"] == (
+        "not supported",
+        "takes no heads and no scale, which linformer needs",
+    )
+
+
+def test_any_options_are_not_enough(folder):
+    assert set(verdicts(plain, folder).values()) == {
+        ("not supported", "takes no E and no F, which linformer needs"),
+        ("not supported", "takes no E and no F and no heads and no scale, which linformer needs"),
+    }
+
+
+def test_a_mistake_fails_without_a_diagnosis_of_another_variant(folder):
+    report = ra.validate(exchanged, folder=folder)
+    assert [line.verdict for line in report.lines] == ["fail", "fail"]
+    assert not report.mistakes
