@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,19 +70,47 @@ class Score:
     keep: tuple[NDArray[np.bool_], float] | None = None
 
 
-Plan = Score
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mix:
+    """Weighted sum of the outputs of several plans, Σ weight · out; it has no lse.
+
+    A weight is a real array broadcastable to (B,Hq,Lq,Dv).
+    """
+
+    parts: tuple[Plan, ...]
+    weights: tuple[Any, ...]
+
+
+Plan = Score | Mix
 
 _REAL_LEAVES = ("q", "k", "v", "sink")
 
 
-def leaves(plan: Score) -> dict[str, Any]:
-    """The real-valued arrays of a plan by name: q, k, v, sink, and bias.0, bias.1, ... in their order."""
+def leaves(plan: Plan) -> dict[str, Any]:
+    """The real-valued arrays of a plan by name: q, k, v, sink, and bias.0, bias.1, ... in their order.
+
+    Of a Mix: those of part n under n.q, n.k, ..., and weight.0, weight.1, ...
+    """
+    if isinstance(plan, Mix):
+        parts = {f"{n}.{name}": leaf for n, part in enumerate(plan.parts) for name, leaf in leaves(part).items()}
+        return parts | {f"weight.{n}": weight for n, weight in enumerate(plan.weights)}
     found = {name: getattr(plan, name) for name in _REAL_LEAVES if getattr(plan, name) is not None}
     return found | {f"bias.{n}": _values(bias) for n, bias in enumerate(plan.bias)}
 
 
-def map_leaves(plan: Score, change: Callable[[Any], Any]) -> Score:
+@overload
+def map_leaves(plan: Score, change: Callable[[Any], Any]) -> Score: ...
+
+
+@overload
+def map_leaves(plan: Mix, change: Callable[[Any], Any]) -> Mix: ...
+
+
+def map_leaves(plan: Plan, change: Callable[[Any], Any]) -> Plan:
     """The same plan with every real-valued array replaced by change(array)."""
+    if isinstance(plan, Mix):
+        parts = tuple(map_leaves(part, change) for part in plan.parts)
+        return replace(plan, parts=parts, weights=tuple(change(weight) for weight in plan.weights))
     bias = tuple(replace(b, **{_field(b): change(_values(b))}) for b in plan.bias)
     named = {name: change(getattr(plan, name)) for name in _REAL_LEAVES if getattr(plan, name) is not None}
     return replace(plan, bias=bias, **named)
@@ -96,8 +124,11 @@ def _values(bias: Bias) -> Any:
     return getattr(bias, _field(bias))
 
 
-def execute(plan: Score) -> dict[str, Floats]:
-    """Out (B,Hq,Lq,Dv) and lse (B,Hq,Lq) of a plan in float64, row by row."""
+def execute(plan: Plan) -> dict[str, Floats]:
+    """Out (B,Hq,Lq,Dv) and, but for a Mix, lse (B,Hq,Lq) of a plan in float64, row by row."""
+    if isinstance(plan, Mix):
+        outs = [weight * execute(part)["out"] for part, weight in zip(plan.parts, plan.weights, strict=True)]
+        return {"out": np.sum(outs, axis=0)}
     batch, heads, lq, _ = plan.q.shape
     groups, _, dv = plan.v.shape[1:]
     out, lse = np.zeros((batch, heads, lq, dv)), np.full((batch, heads, lq), -np.inf)

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.errors import DTypeError, ShapeError
-from refattn.plan import Plan
+from refattn.errors import DTypeError, ShapeError, Unsupported
+from refattn.plan import Plan, Score
 from refattn.spec import Array, Outputs, Spec, describe
 from refattn.tape import Tape
 
@@ -88,6 +88,19 @@ class Problem:
         """The lowered problem, in float64."""
         plan: Plan = self.variant.lower(self.spec, self.lift(lambda a: a))
         return plan
+
+    @property
+    def score(self) -> Score:
+        """The plan of a problem that lowers to one Score.
+
+        Raises
+        ------
+        Unsupported
+            It lowers to something else.
+        """
+        if not isinstance(self.plan, Score):
+            raise Unsupported(f"{self.spec.variant} lowers to {type(self.plan).__name__}, where a Score is needed")
+        return self.plan
 
 
 class Engine(Protocol):

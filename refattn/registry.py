@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from importlib.metadata import entry_points
 from types import ModuleType
@@ -54,6 +54,14 @@ class Info:
             if isinstance(c, type) and issubclass(c, Spec) and c.__module__ == self.module.__name__
         ]
         return found[0]
+
+    @property
+    def example(self) -> Spec:
+        """A Spec of the class: of its defaults, or of the first golden case where an option has no default."""
+        if any(f.default is MISSING and f.default_factory is MISSING for f in fields(self.spec)):
+            found: Spec = next(self.cases()).spec
+            return found
+        return self.spec()
 
     def cases(self) -> Iterator[Any]:
         """Golden cases the module offers."""

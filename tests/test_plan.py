@@ -9,7 +9,7 @@ from problems import EXTRAS, OF_TERMS, PROBLEMS, Problem, Sizes, arrays
 
 import refattn as ra
 from refattn import api, plan
-from refattn.plan import Table, execute, leaves, map_leaves
+from refattn.plan import Mix, Table, execute, leaves, map_leaves
 
 
 def built(problem, inputs):
@@ -85,3 +85,25 @@ def test_description_shows_shapes_and_values(rng):
     assert shown["q"] == (2, 6, 9, 5)
     assert shown["window"] == (4, 2)
     assert shown["bias"] == ({"Slope": {"slopes": (6,)}}, {"Dense": {"values": (9, 11)}})
+
+
+def test_a_mix_is_the_weighted_sum_of_its_parts_which_has_no_lse(rng):
+    """Each head's weights as Infini-attention's gate would have them."""
+    one, other = (built(PROBLEMS[name], arrays(PROBLEMS[name], rng)[0]).plan for name in ("causal top left", "sink"))
+    gate = rng.random((4, 1, 1))
+    mixed = Mix(parts=(one, other), weights=(gate, 1 - gate))
+    found = execute(mixed)
+    assert list(found) == ["out"]
+    near(found["out"], gate * execute(one)["out"] + (1 - gate) * execute(other)["out"])
+
+
+def test_leaves_of_a_mix_are_those_of_its_parts_by_number_and_the_weights(rng):
+    score = built(PROBLEMS["sink"], arrays(PROBLEMS["sink"], rng)[0]).plan
+    mixed = Mix(parts=(score, Mix(parts=(score,), weights=(np.ones(()),))), weights=(np.ones(4), np.zeros(4)))
+    names = ["q", "k", "v", "sink"]
+    expected = [*(f"0.{n}" for n in names), *(f"1.0.{n}" for n in names), "1.weight.0", "weight.0", "weight.1"]
+    assert list(leaves(mixed)) == expected
+    changed = map_leaves(mixed, lambda a: a + 1)
+    for name, leaf in leaves(mixed).items():
+        np.testing.assert_array_equal(leaves(changed)[name], leaf + 1)
+    assert plan.describe(mixed)["weights"] == ((4,), (4,))

@@ -36,8 +36,8 @@ def test_the_class_is_found_by_name_in_any_case(info):
     assert issubclass(info.spec, Spec)
     assert getattr(ra, info.spec.__name__) is registry.spec_class(info.name) is info.spec
     assert info.spec.__name__.lower() == info.name.replace("_", "")
-    assert ra.spec(info.name) == info.spec()
-    assert info.spec().variant == info.name
+    assert ra.spec(info.name, **vars(info.example)) == info.example
+    assert info.example.variant == info.name
 
 
 @EVERY
@@ -46,9 +46,9 @@ def test_a_module_keeps_the_protocol(info):
     functions["term"] = ("signature", "resolve", "term", "lower_term")
     for name in functions[info.kind]:
         assert callable(getattr(info.module, name)), name
-    signature = info.module.signature(info.spec())
+    signature = info.module.signature(info.example)
     assert all(isinstance(array, Array) for array in signature.values())
-    whole, module = registry.whole(info.spec())
+    whole, module = registry.whole(info.example)
     assert {"out"} <= set(module.outputs(whole))
 
 
@@ -64,8 +64,8 @@ def test_cases_are_cases_of_known_names(info):
 
 
 @EVERY
-def test_the_default_spec_resolves_to_itself(info):
-    whole, module = registry.whole(info.spec())
+def test_the_example_resolves_to_itself(info):
+    whole, module = registry.whole(info.example)
     sizes = {d: 4 for a in module.signature(whole).values() for d in a.dims.split()} | FIXED
     resolved = module.resolve(whole, sizes)
     assert module.resolve(resolved, sizes) == resolved

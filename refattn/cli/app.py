@@ -42,4 +42,4 @@ def info(name: Annotated[str, typer.Argument(help="a name that `refattn variants
     for field in found.spec.__dataclass_fields__.values():
         console.print(f"  {field.name} = {field.default!r}", markup=False)
     console.print("\narrays", style="bold")
-    console.print(describe(found.module.signature(found.spec())) or "  none", markup=False)
+    console.print(describe(found.module.signature(found.example)) or "  none", markup=False)

@@ -149,6 +149,11 @@ _SANDWICH: Mapping[str, Flag] = {
     "sandwich_from_1": _flag("The cosines counted from t = 1."),
 }
 
+_AXIAL: Mapping[str, Flag] = {
+    "axial": _flag("Attention along the rows and columns of an image."),
+    "axial_one_axis": _flag("Along one axis alone, which has an lse."),
+}
+
 FLAGS: Mapping[str, Flag] = {
     **_FAMILIES,
     **_OPTIONS,
@@ -158,7 +163,7 @@ FLAGS: Mapping[str, Flag] = {
     **_SANDWICH,
     **_T5,
     **_NOPE,
-    **_LINFORMER,
+    **_LINFORMER, **_AXIAL,
 }
 
 
@@ -175,6 +180,7 @@ def table() -> str:
         ("T5", _T5),
         ("NoPE", _NOPE),
         ("Linformer", _LINFORMER),
+        ("Axial attention", _AXIAL),
     ):
         rows = (f"| `{name}` | {flag.exercises} | {', '.join(flag.bugs)} |" for name, flag in flags.items())
         parts.append("\n".join((f"### {title}", "", "| flag | what it exercises | reports |", "|---|---|---|", *rows)))

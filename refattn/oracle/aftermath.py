@@ -47,7 +47,7 @@ def log_sum(f: Failure) -> Iterator[Alternative]:
 
 def shifted_log_sum(f: Failure) -> Iterator[Alternative]:
     """ALiBi written m j in place of −m |i − j|: the same weights, another lse."""
-    plan = f.problem.plan
+    plan = f.problem.score
     if "lse" not in f.results or not plan.causal or not any(hasattr(b, "slopes") for b in plan.bias):
         return
     slopes: Any = sum(np.asarray(b.slopes) for b in plan.bias if hasattr(b, "slopes"))

@@ -35,7 +35,7 @@ def alignment(f: Failure) -> Iterator[Alternative]:
     if spec.causal:
         words = "attention without the causal mask"
         yield Alternative(key="causal_ignored", words=words, spec=replace(spec, causal=False))
-        strict = {"q_positions": f.problem.plan.positions[0] - 1}
+        strict = {"q_positions": f.problem.score.positions[0] - 1}
         if f.golden.rows is None and not spec.bias and not spec.window:
             words = "causal attention that hides the query's own key"
             yield Alternative(key="causal_strict", words=words, arrays=strict)
@@ -55,7 +55,7 @@ def window(f: Failure) -> Iterator[Alternative]:
                 words = f"a window one key {word} on the {name} ({size + step} instead of {size})"
                 yield Alternative(key="window", words=words, spec=replace(spec, window=pair))
             elif size == 0 and step < 0 and f.golden.rows is None:
-                i, j = f.problem.plan.positions
+                i, j = f.problem.score.positions
                 ahead = (j[:, None] - i[..., None])[:, None]
                 mask = f.arrays.get("mask", np.ones((1, 1), bool)) & (ahead > 0 if side == 0 else ahead < 0)
                 words = f"a window one key narrower on the {name} (the query's own key is hidden)"

@@ -120,7 +120,7 @@ def _offer_bias(
     """ALiBi's slopes where the backend has a word for them; what remains, added up, as a dense bias."""
     if not golden.spec.bias and "bias" not in arrays:  # type: ignore[attr-defined]
         return
-    plan = api.build(golden.spec, arrays, golden.dtype, ("out",)).plan
+    plan = api.build(golden.spec, arrays, golden.dtype, ("out",)).score
     rest = list(plan.bias)
     by_index = not {"q_positions", "k_positions"} & set(arrays)
     slopes = [b for b in rest if isinstance(b, Slope)]

@@ -34,7 +34,7 @@ def refuses(problem: Problem) -> str | None:
 
 def run(problem: Problem) -> Outputs:
     """Out (B,Hq,Lq,Dv) and lse (B,Hq,Lq) as float64 arrays, computed in float32 or float64."""
-    return Outputs(_forward(prepare(problem.plan, _kind(problem))))
+    return Outputs(_forward(prepare(problem.score, _kind(problem))))
 
 
 def vjp(
