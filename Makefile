@@ -50,7 +50,7 @@ new: .venv/.ok  ## make new VARIANT=name: a variant module and its test, from th
 	$(BIN)/python tools/new_variant.py "$(VARIANT)"
 
 clean:  ## remove everything that make has made
-	rm -rf .venv build dist docs/_build docs/variants .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks
+	rm -rf .venv build dist docs/_build docs/variants docs/_flags.md .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks
 	find refattn tests bench docs tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.ok: $(INPUTS)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import refattn as ra
+from refattn.golden import flags
 
 INDEX = """\
 # Variants
@@ -39,6 +40,11 @@ def write_variant_pages(folder: Path) -> None:
             stale.unlink()
     for name, text in pages.items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_flags(file: Path) -> None:
+    """Write the tables of flags, which the page of the suite includes."""
+    file.write_text(flags.table(), encoding="utf-8")
 
 
 def page(info: Any) -> str:

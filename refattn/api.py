@@ -58,7 +58,7 @@ def attention(
     scale, softcap : float
         Default scale D^-1/2; softcap c replaces a logit s by c tanh(s/c), before bias and mask.
     rotary : Spec
-        A rotary term.
+        A term that turns q and k, such as `refattn.RoPE(pairing="half")`.
     bias : array, Spec, or a sequence of Specs with at most one array
         An array broadcastable to (B,Hq,Lq,Lk) is added to the logits, −∞ masks; a Spec such as `refattn.ALiBi()`
         is a bias given by its formula.
@@ -94,8 +94,6 @@ def attention(
 
     Source: arXiv 1706.03762, equation 1.
     """
-    if rotary is not None:
-        raise Unsupported("no rotary term exists in this version: rotate q and k before the call")
     given = {"q": q, "k": k, "v": v, "mask": mask, "sink": sink, "q_lengths": q_lengths, "kv_lengths": kv_lengths}
     given |= {"q_positions": q_positions, "k_positions": k_positions}
     pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
@@ -111,7 +109,7 @@ def attention(
     packing = _numpy({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
     arrays, q_at = layouts.inward(_numpy(given), layout, **packing)
     options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "keep_probability": probability}
-    out = _run(registry.spec("sdpa", bias=terms, **options), arrays, engine, dtype, ("out",))["out"]
+    out = _run(registry.spec("sdpa", rotary=rotary, bias=terms, **options), arrays, engine, dtype, ("out",))["out"]
     return from_numpy(np.ascontiguousarray(layouts.outward(out, layout, q_at)), q)
 
 

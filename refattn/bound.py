@@ -14,56 +14,23 @@ Every operation is elementwise or a sum in index order, so the same bits come ou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.errors import DTypeError
+from refattn.errors import DTypeError, Undecided
 from refattn.exponential import EXP_ERROR, LOG_ERROR, exp64, log64
-from refattn.numeric import Bools, Value, contraction
+from refattn.profiles import UNIT64, Profile
+from refattn.space import FLOAT64 as SPACE64
+from refattn.space import Bools, Integers, Value, contraction
 from refattn.trigonometric import CIRCULAR_ERROR, REACH, cos64, sin64
 
 Floats = NDArray[np.float64]
 
 # The bounds themselves are computed in float64; sums of up to 2^24 nonnegative terms lose less than this.
 _SLACK = 1 + 2.0**-26
-_U64 = 2.0**-53
-
-
-@dataclass(frozen=True, kw_only=True)
-class Profile:
-    """What a kernel may do; docs/tolerance.md says it in words.
-
-    unit: roundoff of products, quotients and sums; accumulation: of sums of products (2·unit where they may truncate);
-    tiny: what a flushed result loses; largest: magnitude from which a kernel may overflow. exponential, logarithm,
-    hyperbolic, circular: relative errors of those functions. In units of roundoff: term, of each addend of a sum of
-    two, which may be converted to base 2 and added in any order; argument, of an exponent; shift, of the row maximum or
-    log-sum-exp subtracted; extra, per sum; rescale, per sixteen keys, for a running maximum; saved, per power of two of
-    the terms of a sum whose logarithm is saved and read back. storage, storage_tiny, storage_largest: roundoff,
-    underflow and overflow of what may be kept in the storage type (numeric.stored).
-    """
-
-    name: str
-    unit: float
-    accumulation: float
-    tiny: float
-    largest: float
-    exponential: float = 0.0
-    logarithm: float = 0.0
-    hyperbolic: float = 0.0
-    circular: float = 0.0
-    term: int = 0
-    argument: int = 0
-    shift: int = 0
-    extra: int = 0
-    rescale: int = 0
-    saved: int = 0
-    storage: float = 0.0
-    storage_tiny: float = 0.0
-    storage_largest: float = np.inf
 
 
 class Bounded(Value):
@@ -108,7 +75,7 @@ class BoundSpace:
             return Bounded(self, quotient, 0.0 if Fraction(quotient) == value else abs(quotient) * p.unit + p.tiny)
         x = np.asarray(value).astype(np.float64)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            held = x if p.unit <= _U64 else x.astype(np.float32).astype(np.float64)
+            held = x if p.unit <= UNIT64 else x.astype(np.float32).astype(np.float64)
         e = np.where(held == x, 0.0, np.abs(x) * p.unit)
         return Bounded(self, x, np.where(np.abs(x) < p.tiny, np.abs(x), e))
 
@@ -173,7 +140,7 @@ class BoundSpace:
         p, size = self.profile, np.abs(x.x)
         small = size < 2.0**-28
         y = np.where(small, x.x, np.copysign(1 - 2 / (exp64(2 * np.minimum(size, 350.0)) + 1), x.x))
-        e = x.e + np.where(small, size * 2.0**-56, 8 * _U64)
+        e = x.e + np.where(small, size * 2.0**-56, 8 * UNIT64)
         e = (e + p.hyperbolic * np.minimum(np.abs(y) + 2 * e, 1.0) + p.tiny) * _SLACK
         return Bounded(self, y, np.where(_zero(x), 0.0, e))
 
@@ -195,6 +162,60 @@ class BoundSpace:
         e = np.where(np.abs(x.x) > REACH, 2.0, np.minimum(x.e + CIRCULAR_ERROR, 2.0))
         e = (e + p.circular * np.minimum(np.abs(y) + 2 * e, 1.0) + p.tiny) * _SLACK
         return Bounded(self, y, np.where(_zero(x), 0.0, e))
+
+    def sqrt(self, x: Bounded) -> Bounded:
+        """|√a − √b| ≤ |a − b| / (√a + √b), and the function's error; below 0 nothing is promised; √0 = 0 exactly."""
+        p = self.profile
+        with np.errstate(invalid="ignore", divide="ignore"):
+            y = np.sqrt(x.x)
+            e = np.where(x.e == 0, 0.0, x.e / (y + np.sqrt(np.maximum(x.x - 2 * x.e, 0.0))))
+            e = np.where(x.x - x.e < 0, np.inf, (e + (p.unit + p.exponential) * (y + 2 * e) + p.tiny) * _SLACK)
+        return Bounded(self, y, np.where(_zero(x), 0.0, e))
+
+    def maximum(self, a: Bounded, b: Bounded) -> Bounded:
+        """The larger moves no further than either; no rounding."""
+        return Bounded(self, np.maximum(a.x, b.x), np.maximum(a.e, b.e))
+
+    def minimum(self, a: Bounded, b: Bounded) -> Bounded:
+        """As the larger."""
+        return Bounded(self, np.minimum(a.x, b.x), np.maximum(a.e, b.e))
+
+    def step(self, x: Bounded, at_zero: float) -> Bounded:
+        """Off by 1 at most, where an evaluation may stand on the other side of 0."""
+        sure = (np.abs(x.x) > x.e) | (x.e == 0)
+        return Bounded(self, np.heaviside(x.x, at_zero), np.where(sure, 0.0, 1.0))
+
+    def peak(self, x: Bounded, live: Bools) -> Bounded:
+        """Off by 1 at most, where an evaluation may find another entry the largest."""
+        centre = SPACE64.peak(x.x, live)
+        low = np.max(np.where(live, x.x - x.e, -np.inf), -1, keepdims=True, initial=-np.inf)
+        may = live & (x.x + x.e >= low)
+        # Exact equals are no doubt: the first is taken by every evaluation.
+        sure = (np.sum(may & (x.e > 0), -1, keepdims=True) == 0) | (np.sum(may, -1, keepdims=True) < 2)
+        return Bounded(self, centre, np.where(may & ~sure, 1.0, 0.0))
+
+    def amax(self, x: Bounded, live: Bools) -> Bounded:
+        """The largest moves no further than any live entry."""
+        return Bounded(self, SPACE64.amax(x.x, live), np.max(np.where(live, x.e, 0.0), -1, initial=0.0))
+
+    def top_k(self, x: Bounded, k: int) -> Integers:
+        """The order of the centres, if no evaluation may find another for the first k.
+
+        Raises
+        ------
+        Undecided
+            One may.
+        """
+        order = SPACE64.top_k(x.x, x.shape[-1])
+        found, error = np.take_along_axis(x.x, order, -1), np.take_along_axis(x.e, order, -1)
+        best_after = np.flip(np.maximum.accumulate(np.flip(found + error, -1), -1), -1)[..., 1 : k + 1]
+        here, stray = found[..., : best_after.shape[-1]], error[..., : best_after.shape[-1]]
+        # Exact equals have an order, the first first.
+        doubt = np.flip(np.maximum.accumulate(np.flip(error, -1), -1), -1)[..., : here.shape[-1]]
+        tied = (doubt == 0) & (best_after == here)
+        if ((here - stray <= best_after) & ~tied).any():
+            raise Undecided("two entries closer than what an evaluation may be off by: which is larger is open")
+        return order[..., :k]
 
     def reshape(self, x: Bounded, shape: tuple[int, ...]) -> Bounded:
         """Another shape."""
@@ -333,42 +354,3 @@ def _ordered_matmul(a: Floats, b: Floats) -> Floats:
     for k in range(a.shape[2]):
         out += a[:, :, k, None] * b[:, k, None, :]
     return out
-
-
-_FLUSH32 = 2.0**-126
-
-# This module's own evaluation; the subnormal quantum 32 times over, for what underflows in computing a bound.
-FLOAT64 = Profile(name="float64-own", unit=_U64, accumulation=_U64, tiny=2.0**-1069, largest=np.finfo(np.float64).max)
-
-
-def _kernel(name: str, unit: float, tiny: float, **storage: float) -> Profile:
-    """Functions within 2 ulp; results below the smallest normal may be flushed; a split or online softmax."""
-    error = 4 * unit
-    return Profile(
-        name=name,
-        unit=unit,
-        **{"accumulation": unit} | storage,
-        tiny=tiny,
-        largest=1 / tiny,
-        exponential=error,
-        logarithm=error,
-        hyperbolic=error,
-        circular=error,
-        term=3,
-        argument=2,
-        shift=2,
-        extra=12,
-        rescale=6,
-        saved=5,
-    )
-
-
-def _flash(name: str, **storage: float) -> Profile:
-    """16-bit products accumulated in float32, truncated as tensor cores do; weights and score gradients in 16 bits."""
-    return _kernel(name, 2.0**-24, _FLUSH32, accumulation=2.0**-23, **storage)
-
-
-FLOAT32 = _kernel("float32", 2.0**-24, _FLUSH32)
-FLASH_BF16 = _flash("flash-bf16", storage=2.0**-8, storage_tiny=_FLUSH32)
-FLASH_F16 = _flash("flash-f16", storage=2.0**-11, storage_tiny=2.0**-25, storage_largest=65519.0)
-PROFILES = {p.name: p for p in (_kernel("float64", _U64, 2.0**-1022), FLOAT32, FLASH_BF16, FLASH_F16)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from refattn.spec import Spec
 
@@ -56,6 +56,17 @@ class Recipe:
 
 
 NORMAL = Recipe()
+
+
+class Flag(NamedTuple):
+    """`exercises`: what a case with this flag does; `bugs`: reports it would have caught; `family`: made by inputs.
+
+    Bugs are `repository#number`.
+    """
+
+    exercises: str
+    bugs: tuple[str, ...] = ()
+    family: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,160 +1,18 @@
 """The vocabulary of a reference: one text that runs on float64, on balls, on running bounds and on the tape.
 
-A *space* is a kind of number with the operations below. NumPy float64 arrays are the plain space; every other space
-wraps its arrays in a `Value`, so that a NumPy ufunc or a stray Python float raises instead of slipping an unproved
-number in. Integers are exact everywhere and may stand in any formula; other constants go through `real`.
+Each function asks the space of its operands (`refattn.space`). Integers are exact everywhere and may stand in any
+formula; other constants go through `real`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Bools = NDArray[np.bool_]
-
-
-class Value:
-    """An array of a space other than float64: operators only, never NumPy's ufuncs."""
-
-    __slots__ = ()
-    __array_ufunc__ = None
-    space: Any
-    shape: tuple[int, ...]
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
-
-    def __add__(self, other: Any) -> Any:
-        return _apply("add", self, other)
-
-    def __radd__(self, other: Any) -> Any:
-        return _apply("add", other, self)
-
-    def __sub__(self, other: Any) -> Any:
-        return _apply("sub", self, other)
-
-    def __rsub__(self, other: Any) -> Any:
-        return _apply("sub", other, self)
-
-    def __mul__(self, other: Any) -> Any:
-        return _apply("mul", self, other)
-
-    def __rmul__(self, other: Any) -> Any:
-        return _apply("mul", other, self)
-
-    def __truediv__(self, other: Any) -> Any:
-        return _apply("div", self, other)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return _apply("div", other, self)
-
-    def __neg__(self) -> Any:
-        return _apply("sub", 0, self)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.space.index(self, key)
-
-
-class Contraction(NamedTuple):
-    """A two-operand einsum as a batched matrix product: transpose, reshape, multiply, reshape, transpose."""
-
-    a_axes: list[int]
-    a_shape: tuple[int, ...]
-    b_axes: list[int]
-    b_shape: tuple[int, ...]
-    shape: tuple[int, ...]
-    axes: list[int]
-
-
-def contraction(letters: str, a: tuple[int, ...], b: tuple[int, ...]) -> Contraction:
-    """Plan `einsum(letters)` as (batch, m, k) @ (batch, k, n); a letter of one operand alone stands in the output."""
-    operands, out = letters.split("->")
-    left, right = operands.split(",")
-    size = dict(zip(left, a, strict=True)) | dict(zip(right, b, strict=True))
-    batch = [c for c in out if c in left and c in right]
-    rows, columns = [c for c in out if c not in right], [c for c in out if c not in left]
-    inner = [c for c in left if c not in out]
-    count = [int(np.prod([size[c] for c in group], dtype=np.int64)) for group in (batch, rows, inner, columns)]
-    order = batch + rows + columns
-    return Contraction(
-        [left.index(c) for c in batch + rows + inner],
-        (count[0], count[1], count[2]),
-        [right.index(c) for c in batch + inner + columns],
-        (count[0], count[2], count[3]),
-        tuple(size[c] for c in order),
-        [order.index(c) for c in out],
-    )
-
-
-class Float64:
-    """The plain space: NumPy float64, or complex128 when a derivative is taken by complex step."""
-
-    def coerce(self, value: Any) -> Any:
-        """Arrays pass; a Python float does too, for here it is what it is elsewhere: a double."""
-        return value
-
-    def real(self, value: Any) -> Any:
-        """The nearest double of an exact number, elementwise."""
-        if isinstance(value, Fraction):
-            return np.float64(value.numerator / value.denominator)
-        return np.asarray(value).astype(np.float64)
-
-    add, sub, mul, div = np.add, np.subtract, np.multiply, np.true_divide
-    exp, log, tanh, sin, cos = np.exp, np.log, np.tanh, np.sin, np.cos
-    finite = np.isfinite
-    reshape, transpose, broadcast = staticmethod(np.reshape), staticmethod(np.transpose), staticmethod(np.broadcast_to)
-    take, where, concatenate = staticmethod(np.take), staticmethod(np.where), staticmethod(np.concatenate)
-
-    def index(self, x: Any, key: Any) -> Any:
-        """Basic indexing."""
-        return x[key]
-
-    def minus_infinite(self, x: Any) -> Bools:
-        """Of the real part."""
-        return np.asarray(np.isneginf(x.real))
-
-    def sum(self, x: Any, axis: Any, keepdims: bool) -> Any:
-        """Sum over axes."""
-        return np.sum(x, axis=axis, keepdims=keepdims)
-
-    def einsum(self, letters: str, a: Any, b: Any) -> Any:
-        """Two-operand einsum by one batched matrix product."""
-        c = contraction(letters, a.shape, b.shape)
-        product = np.transpose(a, c.a_axes).reshape(c.a_shape) @ np.transpose(b, c.b_axes).reshape(c.b_shape)
-        return product.reshape(c.shape).transpose(c.axes)
-
-    def row_max(self, x: Any, live: Bools) -> Any:
-        """Largest live entry of the last axis, kept; 0 where none is live. Detached, of the real part."""
-        top = np.max(np.where(live, x.real, -np.inf), axis=-1, keepdims=True, initial=-np.inf)
-        return np.where(np.isneginf(top), 0.0, top)
-
-    def stored(self, x: Any, cotangent: bool) -> Any:
-        """float64 stores everything as it is."""
-        return x
-
-    def stop(self, x: Any) -> Any:
-        """The real part, which is all but in a complex step."""
-        return x.real
-
-
-FLOAT64 = Float64()
-
-
-def space_of(*operands: Any) -> Any:
-    """The space that a formula over these operands runs in: the tape before balls and bounds, these before float64."""
-    spaces = [x.space for x in operands if isinstance(x, Value)]
-    return max(spaces, key=lambda space: getattr(space, "rank", 0)) if spaces else FLOAT64
-
-
-def _apply(name: str, a: Any, b: Any) -> Any:
-    space = space_of(a, b)
-    return getattr(space, name)(space.coerce(a), space.coerce(b))
+from refattn.space import Bools, Integers, apply, space_of
 
 
 def real(value: Any, like: Any) -> Any:
@@ -185,6 +43,77 @@ def sin(x: Any) -> Any:
 def cos(x: Any) -> Any:
     """Cosine of x in radians."""
     return space_of(x).cos(x)
+
+
+def sqrt(x: Any) -> Any:
+    """Square root of x ≥ 0; at 0 it has no derivative."""
+    return space_of(x).sqrt(x)
+
+
+def maximum(a: Any, b: Any) -> Any:
+    """The larger of two numbers, whose value needs no decision; where they are equal each has half the slope."""
+    return apply("maximum", a, b)
+
+
+def minimum(a: Any, b: Any) -> Any:
+    """The smaller of two numbers; slopes as those of `maximum`."""
+    return apply("minimum", a, b)
+
+
+def clip(x: Any, low: Any, high: Any) -> Any:
+    """Low where x is below it, high where above; the slope is 1 from low to high, both included."""
+    space = space_of(x)
+    return space.clip(x, low, high) if hasattr(space, "clip") else minimum(maximum(x, low), high)
+
+
+def absolute(x: Any) -> Any:
+    """|x|; its slope at 0 is 0."""
+    return maximum(x, -x)
+
+
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + e^−x)."""
+    return 1 / (1 + exp(-x))
+
+
+def softplus(x: Any) -> Any:
+    """log(1 + e^x), for an x of any size."""
+    return maximum(x, 0) + log(1 + exp(-absolute(x)))
+
+
+def elu1(x: Any) -> Any:
+    """1 + ELU(x): x + 1 above 0, e^x below."""
+    return maximum(x, 0) + exp(minimum(x, 0))
+
+
+def step(x: Any, at_zero: float) -> Any:
+    """1 where x > 0, 0 where x < 0, `at_zero` where x is 0: the slope of what has a kink there."""
+    return space_of(x).step(x, at_zero)
+
+
+def peak(x: Any, live: Bools) -> Any:
+    """1 at the largest live entry of the last axis, of several equals the first, and 0 elsewhere: the slope of `amax`.
+
+    Proved spaces answer anything from 0 to 1 where they cannot tell.
+    """
+    return space_of(x).peak(x, np.broadcast_to(live, x.shape))
+
+
+def amax(x: Any, live: Bools) -> Any:
+    """Largest live entry of the last axis, 0 where none is live; of equals, the first has the slope."""
+    return space_of(x).amax(x, np.broadcast_to(live, x.shape))
+
+
+def top_k(x: Any, k: int) -> Integers:
+    """Indices of the k largest of the last axis, the largest first, exact equals in their order.
+
+    Raises
+    ------
+    Undecided
+        The precision does not tell which is larger.
+    """
+    found: Integers = space_of(x).top_k(x, k)
+    return found
 
 
 def reshape(x: Any, shape: tuple[int, ...]) -> Any:
@@ -270,7 +199,14 @@ def stored(x: Any, *, cotangent: bool = False) -> Any:
 
 
 def softmax_attend(
-    s: Any, live: Bools, v: Any, *, sink: Any = None, keep: Any = None, spoiled: Bools | None = None
+    s: Any,
+    live: Bools,
+    v: Any,
+    *,
+    sink: Any = None,
+    keep: Any = None,
+    spoiled: Bools | None = None,
+    relative: Sequence[tuple[Integers, Any]] = (),
 ) -> tuple[Any, Any]:
     r"""Softmax over the live keys, then the mean of the values: the end of every softmax attention.
 
@@ -278,7 +214,8 @@ def softmax_attend(
         lse_i = m_i + log z_i
 
     s (B,H,Lq,Lk); live broadcastable to it; v (B,G,Lk,Dv), head h reading h // (H/G); sink (H,); keep like live,
-    holding 1/probability or 0. `spoiled` (like live) are pairs whose score came from a number that is not finite.
+    holding 1/probability or 0. relative: tables (n,Dv), each after which of its rows a pair adds to the value,
+    (1 or B,Lq,Lk). `spoiled` (like live) are pairs whose score came from a number that is not finite.
     A row with nothing live has out 0 and lse −∞ (with a sink, lse = sink). What is not finite in a live pair makes
     its row NaN; in a pair that is not live it touches nothing.
     """
@@ -304,7 +241,11 @@ def softmax_attend(
         lse = lse * where(np.any(bad, -1), real(np.nan, s), real(1, s))
     grouped = (batch, groups, heads // groups, lq)
     mean = einsum("bgrij,bgjd->bgrid", reshape(w, (*grouped, lk)), clean(v))
-    mean, size = reshape(mean, (batch, heads, lq, dv)), reshape(z, (batch, heads, lq, 1))
+    mean = reshape(mean, (batch, heads, lq, dv))
+    for which, table in relative:
+        rows = np.broadcast_to((which[..., None] == np.arange(table.shape[0])), (batch, lq, lk, table.shape[0]))
+        mean = mean + einsum("bhin,nd->bhid", einsum("bhij,bijn->bhin", w, real(rows.astype(np.int64), w)), table)
+    size = reshape(z, (batch, heads, lq, 1))
     out = stored(where(keyless, 0, mean) / where(keyless, 1, size))
     v_ok = finite(v)
     if not v_ok.all():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,10 +41,33 @@ Bias = Slope | Table | Dense
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Relative:
+    """Logits rows · values[h, (j − i) + offset] for positions i, j: a vector for each difference, met by q or k.
+
+    `values` (H or 1, n, W). side "q": `rows` (B,Hq,Lq,W), row i's vector; side "k": (B,Hkv,Lk,W), that of key j.
+    Added to scale q·k before the softcap; no scale is applied to it.
+    """
+
+    rows: Any
+    values: Any
+    offset: int
+    side: Literal["q", "k"] = "q"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ValueTable:
+    """Adds values[h, (j − i) + offset] to the value of key j where row i reads it; `values` (H or 1, n, Dv)."""
+
+    values: Any
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Score:
     r"""Masked softmax attention over explicit keys; head h reads key head h // (Hq / Hkv).
 
-        s_ij = softcap(scale q_i·k_j) + Σ bias_ij,   out_i = Σ_j keep_ij softmax_j(s_i, sink) v_j
+        s_ij = softcap(scale q_i·k_j + Σ relative_ij) + Σ bias_ij
+        out_i = Σ_j keep_ij softmax_j(s_i, sink) (v_j + Σ v_table_ij)
 
     Row i sees key j when: position(j) ≤ position(i) if causal; −left ≤ position(j) − position(i) ≤ right; both lie
     inside their lengths; their segments are equal; the mask says so; no bias is −∞.
@@ -61,6 +84,7 @@ class Score:
     positions: tuple[NDArray[np.int64], NDArray[np.int64]]
     causal: bool = False
     window: tuple[int | None, int | None] = (None, None)
+    relative: tuple[Relative, ...] = ()
     softcap: float | None = None
     bias: tuple[Bias, ...] = ()
     mask: NDArray[np.bool_] | None = None
@@ -68,6 +92,7 @@ class Score:
     segments: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
     sink: Any = None
     keep: tuple[NDArray[np.bool_], float] | None = None
+    v_table: tuple[ValueTable, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,7 +112,7 @@ _REAL_LEAVES = ("q", "k", "v", "sink")
 
 
 def leaves(plan: Plan) -> dict[str, Any]:
-    """The real-valued arrays of a plan by name: q, k, v, sink, and bias.0, bias.1, ... in their order.
+    """The real-valued arrays of a plan by name: q, k, v, sink, bias.0, bias.1, ..., relative.0.rows, ..., v_table.0.
 
     Of a Mix: those of part n under n.q, n.k, ..., and weight.0, weight.1, ...
     """
@@ -95,7 +120,10 @@ def leaves(plan: Plan) -> dict[str, Any]:
         parts = {f"{n}.{name}": leaf for n, part in enumerate(plan.parts) for name, leaf in leaves(part).items()}
         return parts | {f"weight.{n}": weight for n, weight in enumerate(plan.weights)}
     found = {name: getattr(plan, name) for name in _REAL_LEAVES if getattr(plan, name) is not None}
-    return found | {f"bias.{n}": _values(bias) for n, bias in enumerate(plan.bias)}
+    found |= {f"bias.{n}": _values(bias) for n, bias in enumerate(plan.bias)}
+    for n, relative in enumerate(plan.relative):
+        found |= {f"relative.{n}.rows": relative.rows, f"relative.{n}.values": relative.values}
+    return found | {f"v_table.{n}": table.values for n, table in enumerate(plan.v_table)}
 
 
 @overload
@@ -113,7 +141,9 @@ def map_leaves(plan: Plan, change: Callable[[Any], Any]) -> Plan:
         return replace(plan, parts=parts, weights=tuple(change(weight) for weight in plan.weights))
     bias = tuple(replace(b, **{_field(b): change(_values(b))}) for b in plan.bias)
     named = {name: change(getattr(plan, name)) for name in _REAL_LEAVES if getattr(plan, name) is not None}
-    return replace(plan, bias=bias, **named)
+    relative = tuple(replace(r, rows=change(r.rows), values=change(r.values)) for r in plan.relative)
+    v_table = tuple(replace(table, values=change(table.values)) for table in plan.v_table)
+    return replace(plan, bias=bias, relative=relative, v_table=v_table, **named)
 
 
 def _field(bias: Bias) -> str:
@@ -136,6 +166,9 @@ def execute(plan: Plan) -> dict[str, Floats]:
         g = h // (heads // groups)
         seen = np.flatnonzero(sees(plan, b, h, i))
         s = plan.scale * (_or_nan(plan.k[b, g, seen]) @ _or_nan(plan.q[b, h, i]))
+        for r in plan.relative:
+            rows = r.rows[b, h, i] if r.side == "q" else r.rows[b, g, seen]
+            s = s + (_or_nan(rows) * _row(r, plan, b, h, i)[seen]).sum(-1)
         if plan.softcap is not None:
             s = plan.softcap * np.tanh(s / plan.softcap)
         for bias in plan.bias:
@@ -147,7 +180,8 @@ def execute(plan: Plan) -> dict[str, Floats]:
             weight = np.exp(s - lse[b, h, i]) / (1.0 if plan.keep is None else plan.keep[1])
             if plan.keep is not None:
                 weight = weight * _entry(plan.keep[0], b, h, i, plan.k.shape[2])[seen]
-            out[b, h, i] = weight @ _or_nan(plan.v[b, g, seen])
+            values = sum((_row(table, plan, b, h, i)[seen] for table in plan.v_table), _or_nan(plan.v[b, g, seen]))
+            out[b, h, i] = weight @ values
     return {"out": out, "lse": lse}
 
 
@@ -194,6 +228,11 @@ def row_of(bias: Bias, plan: Score, b: int, h: int, i: int) -> Floats:
     if isinstance(bias, Table):
         return np.asarray(bias.values[h][relative(plan, b, i) + bias.offset])
     return _entry(bias.values, b, h, i, plan.k.shape[2])
+
+
+def _row(table: Relative | ValueTable, plan: Score, b: int, h: int, i: int) -> Floats:
+    """A table's vectors for one row, (Lk, width)."""
+    return np.asarray(table.values[h % table.values.shape[0]][relative(plan, b, i) + table.offset])
 
 
 def _entry(array: NDArray[Any], b: int, h: int, i: int, lk: int) -> NDArray[Any]:

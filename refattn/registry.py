@@ -1,7 +1,8 @@
 """Finds variants, terms and engines by name, without importing those not asked for.
 
 A module of `refattn.variants` whose name has no leading underscore is a variant (it has `reference`) or a term (it has
-`term`). Third parties add theirs by the entry point group `refattn.variants`, each entry naming a module.
+`term`, `content` or `rotate`). Third parties add theirs by the entry point group `refattn.variants`, each entry naming
+a module.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from typing import Any
 
 from refattn import spec as specs
 from refattn import variants as package
+from refattn.case import Flag
 from refattn.errors import EngineUnavailable, SpecError
 from refattn.spec import Spec
 
+# The function that a term's module offers, and the field of SDPA in which the term stands.
+_PLACES = {"rotate": "rotary", "content": "content", "term": "bias"}
 ENGINES = ("reference", "certified", "cpu")
 
 
@@ -62,6 +66,10 @@ class Info:
             found: Spec = next(self.cases()).spec
             return found
         return self.spec()
+
+    def flags(self) -> dict[str, Flag]:
+        """What the flags mean that only the module's own cases have."""
+        return dict(getattr(self.module, "flags", dict)())
 
     def cases(self) -> Iterator[Any]:
         """Golden cases the module offers."""
@@ -133,12 +141,14 @@ def class_named(attribute: str) -> type[Spec] | None:
 
 
 def whole(given: Spec) -> tuple[Spec, Any]:
-    """A Spec that stands alone, and its module: a term means causal SDPA with that bias."""
+    """A Spec that stands alone, and its module: a term means causal SDPA with that term."""
     module = importlib.import_module(type(given).__module__)
     if hasattr(module, "reference"):
         return given, module
     sdpa = info("sdpa")
-    return sdpa.spec(causal=True, bias=(given,)), sdpa.module  # type: ignore[call-arg]
+    field = next(field for function, field in _PLACES.items() if hasattr(module, function))
+    options: dict[str, Any] = {"causal": True, field: given}
+    return sdpa.spec(**options), sdpa.module
 
 
 def engine(name: str) -> Any:

@@ -29,9 +29,9 @@ class Spec:
         return type(self).__module__.rpartition(".")[2]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able mapping; fields that hold None are left out."""
+        """JSON-able mapping; fields that hold None or an empty tuple are left out."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"variant": self.variant} | {name: _encode(value) for name, value in given.items() if value is not None}
+        return {"variant": self.variant} | {n: _encode(value) for n, value in given.items() if value not in (None, ())}
 
 
 def dyadic(name: str, value: Any) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from refattn import numeric
-from refattn.numeric import Bools, Value
+from refattn.space import Bools, Value
 
 Rule = Callable[[Any], Any]
 
@@ -114,6 +114,51 @@ class Tape:
     def cos(self, x: Any) -> Any:
         """d cos x = −sin x dx."""
         return self._node(numeric.cos(x.value), (x, lambda g: -g * numeric.sin(x.value)))
+
+    def sqrt(self, x: Any) -> Any:
+        """d √x = dx / (2 √x)."""
+        node = self._node(numeric.sqrt(x.value), (x, lambda g: g / (2 * node.value)))
+        return node
+
+    def maximum(self, a: Any, b: Any) -> Any:
+        """The cotangent goes to the larger, half to each of two equals."""
+        return self._extreme(numeric.maximum(_value(a), _value(b)), a, b)
+
+    def minimum(self, a: Any, b: Any) -> Any:
+        """The cotangent goes to the smaller, half to each of two equals."""
+        return self._extreme(numeric.minimum(_value(a), _value(b)), b, a)
+
+    def _extreme(self, value: Any, upper: Any, lower: Any) -> Any:
+        ahead = _value(upper) - _value(lower)
+        return self._node(
+            value,
+            (upper, lambda g: _fit(g * numeric.step(ahead, 0.5), upper)),
+            (lower, lambda g: _fit(g * numeric.step(-ahead, 0.5), lower)),
+        )
+
+    def clip(self, x: Any, low: Any, high: Any) -> Any:
+        """The cotangent passes from low to high, both included; the ends are constants."""
+        inside = numeric.step(x.value - low, 1.0) * numeric.step(high - x.value, 1.0)
+        return self._node(numeric.clip(x.value, low, high), (x, lambda g: g * inside))
+
+    def step(self, x: Any, at_zero: float) -> Any:
+        """Constant but for a jump."""
+        return numeric.step(x.value, at_zero)
+
+    def peak(self, x: Any, live: Bools) -> Any:
+        """Constant but for jumps."""
+        return numeric.peak(x.value, live)
+
+    def amax(self, x: Any, live: Bools) -> Any:
+        """The cotangent goes to the first of the largest."""
+        return self._node(
+            numeric.amax(x.value, live),
+            (x, lambda g: numeric.reshape(g, (*x.shape[:-1], 1)) * numeric.peak(x.value, live)),
+        )
+
+    def top_k(self, x: Any, k: int) -> Any:
+        """Of the value."""
+        return numeric.top_k(x.value, k)
 
     def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
         """The cotangent takes the old shape."""

@@ -11,9 +11,10 @@ from problems import PROBLEMS, arrays
 
 import refattn as ra
 from refattn import api, bound, exponential, numeric, trigonometric
-from refattn.bound import FLASH_BF16, FLASH_F16, FLOAT32, FLOAT64, PROFILES, Bounded, BoundSpace
+from refattn.bound import Bounded, BoundSpace
 from refattn.engines.certified.balls import BALLS
 from refattn.golden import build
+from refattn.profiles import FLASH_BF16, FLASH_F16, FLOAT32, FLOAT64, PROFILES
 
 KERNELS = [FLOAT32, FLASH_BF16, FLASH_F16]
 

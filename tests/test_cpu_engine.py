@@ -14,7 +14,7 @@ from problems import PROBLEMS, Problem, Sizes, arrays
 
 import refattn as ra
 from refattn import api, registry
-from refattn.bound import FLOAT32, FLOAT64, BoundSpace
+from refattn.bound import BoundSpace
 from refattn.dtypes import format_of, round_to
 from refattn.engines import cpu, reference
 from refattn.engines.cpu import pool
@@ -23,6 +23,7 @@ from refattn.errors import ShapeError, SpecError
 from refattn.golden import build
 from refattn.golden import inputs as recipes
 from refattn.plan import Dense, Score, Table, sees
+from refattn.profiles import FLOAT32, FLOAT64
 
 WANT = ("out", "lse")
 

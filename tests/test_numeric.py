@@ -9,10 +9,12 @@ import pytest
 from checks import near, same
 
 from refattn import numeric
-from refattn.bound import FLOAT64, BoundSpace
+from refattn.bound import BoundSpace
 from refattn.engines.certified.balls import BALLS, Balls
 from refattn.errors import DTypeError
-from refattn.numeric import contraction, softmax_attend
+from refattn.numeric import softmax_attend
+from refattn.profiles import FLOAT64
+from refattn.space import contraction
 from refattn.tape import Tape
 
 BOUND = BoundSpace(FLOAT64)

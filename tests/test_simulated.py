@@ -10,9 +10,10 @@ from simulated import KERNELS, Kernel
 
 import refattn as ra
 from refattn import api
-from refattn.bound import FLOAT64, PROFILES, BoundSpace
+from refattn.bound import BoundSpace
 from refattn.dtypes import round_to
 from refattn.golden import build
+from refattn.profiles import FLOAT64, PROFILES
 
 PROFILE = {"float32": "float32", "bfloat16": "flash-bf16", "float16": "flash-f16"}
 

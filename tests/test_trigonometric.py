@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from refattn import numeric, trigonometric
-from refattn.bound import FLOAT32, FLOAT64, Bounded, BoundSpace
+from refattn.bound import Bounded, BoundSpace
 from refattn.engines.certified.balls import BALLS
+from refattn.profiles import FLOAT32, FLOAT64
 from refattn.trigonometric import CIRCULAR_ERROR, REACH, cos64, sin64
 
 U = 2.0**-53

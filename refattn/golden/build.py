@@ -11,13 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn import api
-from refattn.bound import PROFILES, Bounded, BoundSpace
+from refattn.bound import Bounded, BoundSpace
 from refattn.case import NORMAL, Case, as_json
 from refattn.dtypes import format_of, round_up_bfloat16
 from refattn.engines import certified, reference
+from refattn.errors import SpecError, Undecided
 from refattn.golden import inputs as recipes
 from refattn.golden.store import json_bytes, safetensors_bytes
 from refattn.problem import Problem
+from refattn.profiles import PROFILES
 
 SCHEMA = "refattn.golden/1"
 PROFILE_OF = {"float64": "float64", "float32": "float32", "bfloat16": "flash-bf16", "float16": "flash-f16"}
@@ -96,7 +98,13 @@ def bounds(problem: Problem, weights: Mapping[str, Any], wrt: tuple[str, ...], p
     """Hard bound per element: the running bound of the variant's text under the profile, and one output rounding."""
     space = BoundSpace(profile)
     with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
-        found = problem.differentiate(space.real, weights, wrt)
+        try:
+            found = problem.differentiate(space.real, weights, wrt)
+        except Undecided as error:
+            raise SpecError(
+                f"a choice in this {problem.spec.variant} problem hangs on less than what a {profile.name} kernel may "
+                f"be off by, so it has no verdict: give inputs that are further apart ({error})"
+            ) from None
         return {name: _with_output_rounding(name, b, problem) for name, b in found.items()}
 
 

@@ -1,21 +1,16 @@
 """What each flag of a golden case means: what the case exercises, and the public bugs it would have caught.
 
-A family says how the inputs are made; every other flag names an option or a size. Bugs are `repository#number`,
-as reported there by users or maintainers.
+A family says how the inputs are made; every other flag names an option or a size. Bugs are `repository#number`, as
+reported there by users or maintainers. A variant's module has the flags that its own cases alone use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from functools import cache
 
-
-class Flag(NamedTuple):
-    """`exercises`: what a case with this flag does; `bugs`: reports it would have caught; `family`: made by inputs."""
-
-    exercises: str
-    bugs: tuple[str, ...] = ()
-    family: bool = False
+from refattn import registry
+from refattn.case import Flag
 
 
 def _family(exercises: str, *bugs: str) -> Flag:
@@ -107,81 +102,19 @@ _SHAPES: Mapping[str, Flag] = {
     "float64": _flag("Double precision, stored rounded to nearest as well."),
 }
 
-_ALIBI: Mapping[str, Flag] = {
-    "alibi": _flag(
-        "Linear biases from distances, not scaled.",
-        "TensorRT-Model-Connect#32", "TensorRT-Model-Connect#667", "transformers#29946", "vllm#945",
-        "flash-attention#907",
-    ),
-    "heads_not_power_of_two": _flag(
-        "Slopes by rule for a number of heads that is no power of two.",
-        "attention_with_linear_biases#17", "mlx#343", "mlx#3071", "TensorRT-LLM#1611", "transformers#28380",
-        "Baichuan2#225", "aprender#2143", "examples#307",
-    ),
-    "geometric_slopes": _flag("The paper's sentence, m = 2^(−8h/n), for every n.", "Baichuan2#225"),
-    "explicit_slopes": _flag("Slopes that are given.", "flashinfer#5101"),
-    "learned_slopes": _flag("Slopes as inputs with gradients."),
-    "alibi_both_sides": _flag("Biases on keys before and after the query.", "attention_with_linear_biases#5"),
-    "alibi_half": _flag("Half the heads look back, half look ahead.", "attention_with_linear_biases#5"),
-    "alibi_two_sided": _flag("Different slopes for keys before and after the query.", "attention_with_linear_biases#5"),
-}  # fmt: skip
-
-_INTERPOLATION: Mapping[str, Flag] = {
-    "alibi_dynamic_interpolation": _flag("Linear biases whose slopes shrink with the count of keys."),
-    "alibi_static_interpolation": _flag("Linear biases whose slopes shrink for a length that is given."),
-}
-
-_NOPE: Mapping[str, Flag] = {"nope": _flag("Causal attention without positions, in which a position would show.")}
-
-_T5: Mapping[str, Flag] = {
-    "t5": _flag("A learned bias for each bucket of distances, with its gradient.", "TensorRT-LLM#1343", "candle#727"),
-    "t5_bidirectional": _flag("Buckets on both sides of the query."),
-}
-
-_LINFORMER: Mapping[str, Flag] = {
-    "linformer": _flag("Attention over learned mixtures of the keys and values, with the gradients of the mixing."),
-    "linformer_per_head": _flag("Mixtures of its own for every key head."),
-    "linformer_shared_kv": _flag("Keys and values mixed by one matrix."),
-}
-
-_SANDWICH: Mapping[str, Flag] = {
-    "sandwich": _flag("A bias of cosines of the distance."),
-    "sandwich_from_1": _flag("The cosines counted from t = 1."),
-}
-
-_AXIAL: Mapping[str, Flag] = {
-    "axial": _flag("Attention along the rows and columns of an image."),
-    "axial_one_axis": _flag("Along one axis alone, which has an lse."),
-}
-
-FLAGS: Mapping[str, Flag] = {
-    **_FAMILIES,
-    **_OPTIONS,
-    **_SHAPES,
-    **_ALIBI,
-    **_INTERPOLATION,
-    **_SANDWICH,
-    **_T5,
-    **_NOPE,
-    **_LINFORMER, **_AXIAL,
-}
+@cache
+def known() -> Mapping[str, Flag]:
+    """Every flag by name: those of all variants, and each variant's own."""
+    own = [info.flags() for info in registry.variants().values()]
+    return {name: flag for flags in (_FAMILIES, _OPTIONS, _SHAPES, *own) for name, flag in flags.items()}
 
 
 def table() -> str:
     """Markdown of every flag, as docs/golden-suite.md shows it."""
     parts = []
-    for title, flags in (
-        ("How the inputs are made", _FAMILIES),
-        ("Options", _OPTIONS),
-        ("Shapes and types", _SHAPES),
-        ("ALiBi", _ALIBI),
-        ("Position interpolation for ALiBi", _INTERPOLATION),
-        ("Sandwich", _SANDWICH),
-        ("T5", _T5),
-        ("NoPE", _NOPE),
-        ("Linformer", _LINFORMER),
-        ("Axial attention", _AXIAL),
-    ):
+    own = [(f"`{info.name}`", info.flags()) for info in registry.variants().values()]
+    common = [("How the inputs are made", _FAMILIES), ("Options", _OPTIONS), ("Shapes and types", _SHAPES)]
+    for title, flags in [*common, *((title, flags) for title, flags in own if flags)]:
         rows = (f"| `{name}` | {flag.exercises} | {', '.join(flag.bugs)} |" for name, flag in flags.items())
         parts.append("\n".join((f"### {title}", "", "| flag | what it exercises | reports |", "|---|---|---|", *rows)))
     return "\n\n".join(parts) + "\n"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn import api
+from refattn import api, registry
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import SpecError, Unsupported
 from refattn.golden.inputs import resolved
@@ -89,6 +89,14 @@ def offer(golden: Golden, takes: Declared) -> Offer:
         leaves["sink"] = "sink"
     if "q_segment_ids" in arrays:
         arguments["segment_ids"] = (arrays["q_segment_ids"], arrays["k_segment_ids"])
+    for term in spec.terms:
+        if term in spec.bias:
+            continue
+        # A rotation or a content term as plain data: its registry name, its options, and its arrays by their names.
+        arguments["rotary" if term is spec.rotary else "content"] = _plain_options(term)
+        own = [name for name in registry.info(term.variant).module.signature(term) if name in arrays]
+        arguments |= {name: arrays[name] for name in own}
+        leaves |= {name: name for name in own}
     if "keep" in arrays:
         arguments["keep"] = (arrays["keep"], spec.keep_probability)
     _offer_bias(golden, arrays, takes, arguments, leaves)
@@ -96,6 +104,10 @@ def offer(golden: Golden, takes: Declared) -> Offer:
     if missing:
         raise Unsupported(f"takes no {' and no '.join(missing)}")
     return Offer(arguments, leaves)
+
+
+def _plain_options(term: Any) -> dict[str, Any]:
+    return {"variant": term.variant} | {f.name: getattr(term, f.name) for f in fields(term)}
 
 
 def _offer_by_name(golden: Golden, arrays: Mapping[str, Any], takes: Declared) -> Offer:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from refattn.dtypes import format_of, round_to
-from refattn.numeric import Value, einsum, finite, real, reshape, softmax_attend, tanh, where
+from refattn.numeric import einsum, finite, real, reshape, softmax_attend, tanh, where
 from refattn.oracle.alternatives import FORWARD, Alternative, Failure
+from refattn.space import Value
 
 Reference = Callable[..., dict[str, Any]]
 
@@ -18,7 +19,7 @@ Reference = Callable[..., dict[str, Any]]
 def softcap_order(f: Failure) -> Iterator[Alternative]:
     """The softcap after the bias, or after the mask too, so that masked logits become −c and take part."""
     spec: Any = f.golden.spec
-    if spec.softcap is None:
+    if spec.softcap is None or not _bare(spec):
         return
     words = "a softcap applied after the mask: masked keys keep the logit −c and take part"
     yield Alternative(key="softcap_after_mask", words=words, text=_softcap_last(masked_too=True), only=FORWARD)
@@ -31,10 +32,15 @@ def rounded_weights(f: Failure) -> Iterator[Alternative]:
     """Weights relative to the row's maximum, rounded before they meet the values."""
     precision = format_of(f.golden.dtype).precision
     for name in ("bfloat16", "float16"):
-        if format_of(name).precision < precision:
+        if format_of(name).precision < precision and _bare(f.golden.spec):
             words = f"softmax weights rounded to {name} before they meet the values"
             text = _rounded_weights(name)
             yield Alternative(key="rounded_weights", words=words, text=text, only=("out", "lse"))
+
+
+def _bare(spec: Any) -> bool:
+    """Whether scores are q·k, without rotation and content terms, which these texts do not know."""
+    return spec.rotary is None and not spec.content
 
 
 def _logits(module: Any, spec: Any, x: Any, cap_last: bool) -> tuple[Any, Any]:

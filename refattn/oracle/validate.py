@@ -8,7 +8,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from refattn.bound import PROFILES
 from refattn.errors import RefattnError, SpecError
 from refattn.golden import build, inputs
 from refattn.golden.load import Golden, load, names
@@ -18,6 +17,7 @@ from refattn.oracle.diagnose import Diagnosis
 from refattn.oracle.frameworks import ARRAYS, call, framework
 from refattn.oracle.offer import Declared, declared, offer
 from refattn.oracle.report import Line, Report
+from refattn.profiles import PROFILES
 
 Progress = Callable[[int, int, Line], None]
 

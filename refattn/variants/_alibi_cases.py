@@ -10,11 +10,45 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any, Literal
 
-from refattn.case import NORMAL, Case, Recipe, Rows
+from refattn.case import NORMAL, Case, Flag, Recipe, Rows
 from refattn.variants._case_parts import NAN, attend, edited, flagged, integers, numbers, rows_of, scaled, sizes
 from refattn.variants._sdpa_cases import option_flags
 from refattn.variants.alibi import ALiBi
 from refattn.variants.sdpa import SDPA
+
+FLAGS: Mapping[str, Flag] = {
+    "alibi": Flag(
+        "Linear biases from distances, not scaled.",
+        (
+            "TensorRT-Model-Connect#32",
+            "TensorRT-Model-Connect#667",
+            "transformers#29946",
+            "vllm#945",
+            "flash-attention#907",
+        ),
+    ),
+    "heads_not_power_of_two": Flag(
+        "Slopes by rule for a number of heads that is no power of two.",
+        (
+            "attention_with_linear_biases#17",
+            "mlx#343",
+            "mlx#3071",
+            "TensorRT-LLM#1611",
+            "transformers#28380",
+            "Baichuan2#225",
+            "aprender#2143",
+            "examples#307",
+        ),
+    ),
+    "geometric_slopes": Flag("The paper's sentence, m = 2^(−8h/n), for every n.", ("Baichuan2#225",)),
+    "explicit_slopes": Flag("Slopes that are given.", ("flashinfer#5101",)),
+    "learned_slopes": Flag("Slopes as inputs with gradients."),
+    "alibi_both_sides": Flag("Biases on keys before and after the query.", ("attention_with_linear_biases#5",)),
+    "alibi_half": Flag("Half the heads look back, half look ahead.", ("attention_with_linear_biases#5",)),
+    "alibi_two_sided": Flag(
+        "Different slopes for keys before and after the query.", ("attention_with_linear_biases#5",)
+    ),
+}
 
 
 def cases() -> Iterator[Case]:

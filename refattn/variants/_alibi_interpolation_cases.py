@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from refattn.case import NORMAL, Case, Recipe, Rows
+from refattn.case import NORMAL, Case, Flag, Recipe, Rows
 from refattn.variants._case_parts import NAN, edited, flagged, integers, numbers, rows_of, scaled, sizes
 from refattn.variants._sdpa_cases import option_flags
 from refattn.variants.alibi_interpolation import ALiBiInterpolation
 from refattn.variants.sdpa import SDPA
+
+FLAGS: Mapping[str, Flag] = {
+    "alibi_dynamic_interpolation": Flag("Linear biases whose slopes shrink with the count of keys."),
+    "alibi_static_interpolation": Flag("Linear biases whose slopes shrink for a length that is given."),
+}
 
 
 def cases() -> Iterator[Case]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from refattn.case import NORMAL, Case, Recipe
+from refattn.case import NORMAL, Case, Flag, Recipe
 from refattn.variants._case_parts import edited, flagged, scaled, sizes
 from refattn.variants.axial import Axial
+
+FLAGS: Mapping[str, Flag] = {
+    "axial": Flag("Attention along the rows and columns of an image."),
+    "axial_one_axis": Flag("Along one axis alone, which has an lse."),
+}
 
 
 def cases() -> Iterator[Case]:

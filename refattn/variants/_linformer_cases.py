@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from refattn.case import NORMAL, Case, Edit, Recipe, Rows
+from refattn.case import NORMAL, Case, Edit, Flag, Recipe, Rows
 from refattn.variants._case_parts import INF, NAN, edited, flagged, integers, rows_of, scaled, sizes
 from refattn.variants.linformer import Linformer
+
+FLAGS: Mapping[str, Flag] = {
+    "linformer": Flag("Attention over learned mixtures of the keys and values, with the gradients of the mixing."),
+    "linformer_per_head": Flag("Mixtures of its own for every key head."),
+    "linformer_shared_kv": Flag("Keys and values mixed by one matrix."),
+}
 
 
 def cases() -> Iterator[Case]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from refattn.case import NORMAL, Case, Recipe, Rows
+from refattn.case import NORMAL, Case, Flag, Recipe, Rows
 from refattn.variants._case_parts import edited, flagged, numbers, scaled, sizes
 from refattn.variants._sdpa_cases import option_flags
 from refattn.variants.nope import NoPE
 from refattn.variants.sdpa import SDPA
+
+FLAGS: Mapping[str, Flag] = {
+    "nope": Flag("Causal attention without positions, in which a position would show."),
+}
 
 
 def cases() -> Iterator[Case]:

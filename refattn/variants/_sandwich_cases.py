@@ -7,15 +7,20 @@ components in the only two keys of a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from refattn.case import NORMAL, Case, Recipe, Rows
+from refattn.case import NORMAL, Case, Flag, Recipe, Rows
 from refattn.variants._case_parts import NAN, edited, flagged, integers, numbers, rows_of, scaled, sizes
 from refattn.variants._sdpa_cases import option_flags
 from refattn.variants.sandwich import Sandwich
 from refattn.variants.sdpa import SDPA
+
+FLAGS: Mapping[str, Flag] = {
+    "sandwich": Flag("A bias of cosines of the distance."),
+    "sandwich_from_1": Flag("The cosines counted from t = 1."),
+}
 
 
 def cases() -> Iterator[Case]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from refattn.case import NORMAL, Case, Recipe, Rows
+from refattn.case import NORMAL, Case, Flag, Recipe, Rows
 from refattn.variants._case_parts import NAN, edited, flagged, integers, numbers, rows_of, scaled, sizes
 from refattn.variants._sdpa_cases import option_flags
 from refattn.variants.sdpa import SDPA
 from refattn.variants.t5 import T5
+
+FLAGS: Mapping[str, Flag] = {
+    "t5": Flag("A learned bias for each bucket of distances, with its gradient.", ("TensorRT-LLM#1343", "candle#727")),
+    "t5_bidirectional": Flag("Buckets on both sides of the query."),
+}
 
 
 def cases() -> Iterator[Case]:

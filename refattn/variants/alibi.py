@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.case import Case
+from refattn.case import Case, Flag
 from refattn.dtypes import nearest, root_of_two
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import real, reshape, where
@@ -123,6 +123,13 @@ def lower_term(spec: ALiBi, x: Mapping[str, Any], at: Place) -> tuple[Bias, ...]
         backward = np.arange(at.heads)[:, None] < at.heads // 2
         values = where(np.where(backward, ahead <= 0, ahead >= 0), values, real(-np.inf, values))
     return (Table(values=values, offset=-low),)
+
+
+def flags() -> Mapping[str, Flag]:
+    """What the flags mean that only these cases have."""
+    from refattn.variants._alibi_cases import FLAGS
+
+    return FLAGS
 
 
 def cases() -> Iterator[Case]:

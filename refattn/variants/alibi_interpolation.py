@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.case import Case
+from refattn.case import Case, Flag
 from refattn.errors import SpecError
 from refattn.numeric import real, reshape, where
 from refattn.plan import Bias, Dense, Slope
@@ -88,6 +88,13 @@ def lower_term(spec: ALiBiInterpolation, x: Mapping[str, Any], at: Place) -> tup
     if all(row == shrunk[0] for row in shrunk[1:]):
         return tuple(Slope(slopes=np.asarray(row)) for row in shrunk[:1])
     return (Dense(values=-np.asarray(shrunk)[:, :, None, None] * np.abs(at.j - at.i)),)
+
+
+def flags() -> Mapping[str, Flag]:
+    """What the flags mean that only these cases have."""
+    from refattn.variants._alibi_interpolation_cases import FLAGS
+
+    return FLAGS
 
 
 def cases() -> Iterator[Case]:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case
+from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import reshape, transpose
@@ -145,6 +145,13 @@ def operations(spec: Axial, sizes: Mapping[str, int]) -> tuple[int, int]:
     length = {"height": sizes["Lq"] // spec.width, "width": spec.width}
     pairs = sizes["B"] * sizes["Hq"] * sizes["Lq"] * sum(length[axis] for axis in spec.axes)
     return 2 * pairs * (sizes["D"] + sizes["Dv"]), 8 * pairs
+
+
+def flags() -> Mapping[str, Flag]:
+    """What the flags mean that only these cases have."""
+    from refattn.variants._axial_cases import FLAGS
+
+    return FLAGS
 
 
 def cases() -> Iterator[Case]:

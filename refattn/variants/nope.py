@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from refattn.case import Case
+from refattn.case import Case, Flag
 from refattn.plan import Bias
 from refattn.spec import Array, Spec
 from refattn.variants._place import Place
@@ -50,6 +50,13 @@ def term(spec: NoPE, x: Mapping[str, Any], at: Place) -> tuple[None, None]:
 def lower_term(spec: NoPE, x: Mapping[str, Any], at: Place) -> tuple[Bias, ...]:
     """No bias."""
     return ()
+
+
+def flags() -> Mapping[str, Flag]:
+    """What the flags mean that only these cases have."""
+    from refattn.variants._nope_cases import FLAGS
+
+    return FLAGS
 
 
 def cases() -> Iterator[Case]:

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case
+from refattn.case import Case, Flag
 from refattn.errors import SpecError
 from refattn.numeric import concatenate, cos, einsum, exp, log, real, reshape, sin, take, total
 from refattn.plan import Bias, Table
@@ -94,6 +94,13 @@ def lower_term(spec: Sandwich, x: Mapping[str, Any], at: Place) -> tuple[Bias, .
     curve = reshape(products, (1, far.size * n))[:, :count]
     ratios = real(8 * np.arange(1, heads + 1), q) / heads
     return (Table(values=curve / reshape(ratios, (heads, 1)), offset=-low),)
+
+
+def flags() -> Mapping[str, Flag]:
+    """What the flags mean that only these cases have."""
+    from refattn.variants._sandwich_cases import FLAGS
+
+    return FLAGS
 
 
 def cases() -> Iterator[Case]:

@@ -1,11 +1,13 @@
 r"""Scaled dot-product attention with everything that masks it, biases it or shifts it.
 
-    s[h,i,j] = softcap(scale q[h,i]·k[g,j]) + bias[h,i,j],     softcap(s) = c tanh(s / c),     g = h // (Hq / Hkv)
+    s[h,i,j] = softcap(scale (q[h,i]·k[g,j] + content[h,i,j])) + bias[h,i,j],     g = h // (Hq / Hkv)
     p[h,i,j] = exp(s[h,i,j]) / (exp(sink[h]) + Σ_j' exp(s[h,i,j']))      over the pairs that are visible
+    softcap(s) = c tanh(s / c)
     out[h,i] = Σ_j keep p[h,i,j] v[g,j],     lse[h,i] = log(exp(sink[h]) + Σ_j exp(s[h,i,j]))
 
 q (B,Hq,Lq,D); k (B,Hkv,Lk,D); v (B,Hkv,Lk,Dv); out (B,Hq,Lq,Dv); lse (B,Hq,Lq), natural. The order of operations is
-fixed: scale, softcap, bias, mask, sink, softmax, keep-mask, values. A row that sees nothing gives 0 and lse −∞.
+fixed: rotation of q and k, their product, content terms, scale, softcap, bias, mask, sink, softmax, keep-mask, values
+(content terms may add to the value that a pair reads). A row that sees nothing gives 0 and lse −∞.
 
 Source: Vaswani et al., arXiv 1706.03762, equation 1; grouped heads: Ainslie et al., arXiv 2305.13245; softcap: Gemma 2,
 arXiv 2408.00118, section 2; sinks: gpt-oss, and Miller's softmax-off-by-one, which is a sink of logit 0.
@@ -40,21 +42,29 @@ class SDPA(Spec):
 
     causal: False; "top_left" (query i at key position i), "bottom_right" (at i + Lk − Lq), or True, allowed only
     where the two agree. window: (left, right), both inclusive, None unbounded. scale: None is D^-1/2. softcap: the
-    cap c > 0. bias: term Specs such as ALiBi. keep_probability: by which kept weights are divided.
+    cap c > 0. rotary: a term that turns q and k, such as RoPE; content: terms that read them, such as Shaw; bias: terms
+    such as ALiBi. keep_probability: by which kept weights are divided.
     """
 
     causal: bool | Literal["top_left", "bottom_right"] = False
     window: tuple[int | None, int | None] | None = None
     scale: float | None = None
     softcap: float | None = None
+    rotary: Spec | None = None
+    content: tuple[Spec, ...] = ()
     bias: tuple[Spec, ...] = ()
     keep_probability: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.bias, Spec):
-            object.__setattr__(self, "bias", (self.bias,))
-        if not isinstance(self.bias, tuple) or not all(_is_term(term) for term in self.bias):
+        for name in ("content", "bias"):
+            if isinstance(getattr(self, name), Spec):
+                object.__setattr__(self, name, (getattr(self, name),))
+        if not isinstance(self.bias, tuple) or not all(_offers(term, "term") for term in self.bias):
             raise SpecError(f"bias takes Specs such as ALiBi(), the input 'bias' an array; given: {self.bias!r}")
+        if not isinstance(self.content, tuple) or not all(_offers(term, "content") for term in self.content):
+            raise SpecError(f"content takes Specs such as Shaw(); given: {self.content!r}")
+        if self.rotary is not None and not _offers(self.rotary, "rotate"):
+            raise SpecError(f"rotary takes a Spec such as RoPE(pairing='half'), or None; given: {self.rotary!r}")
         if not (isinstance(self.causal, bool) or (isinstance(self.causal, str) and self.causal in _ALIGNMENTS)):
             raise SpecError(f"causal is False, True, 'top_left' or 'bottom_right'; given: {self.causal!r}")
         if self.window is not None:
@@ -66,6 +76,12 @@ class SDPA(Spec):
             raise SpecError(f"softcap is a positive number or None; given: {self.softcap}")
         if self.keep_probability is not None and not 0 < self.keep_probability <= 1:
             raise SpecError(f"keep_probability lies in (0, 1]; given: {self.keep_probability}")
+
+
+    @property
+    def terms(self) -> tuple[Spec, ...]:
+        """All term Specs, in the order in which they act."""
+        return (*(() if self.rotary is None else (self.rotary,)), *self.content, *self.bias)
 
 
 def _check_window(window: Any) -> None:
@@ -92,7 +108,7 @@ def signature(spec: SDPA) -> dict[str, Array]:
     }
     if spec.keep_probability is not None:
         arrays["keep"] = Array(pairs, "bool", "choice", broadcast=True)
-    for term in spec.bias:
+    for term in spec.terms:
         arrays |= _module(term).signature(term)
     return arrays
 
@@ -116,8 +132,13 @@ def resolve(spec: SDPA, sizes: Mapping[str, int]) -> SDPA:
         causal = "bottom_right"
     default = sqrt_reciprocal(sizes["D"]) if sizes["D"] else 1.0
     scale = default if spec.scale is None else spec.scale
-    terms = tuple(_module(term).resolve(term, sizes) for term in spec.bias)
-    return replace(spec, causal=causal, scale=scale, bias=terms)
+
+    def definite(term: Spec) -> Any:
+        return _module(term).resolve(term, sizes)
+
+    rotary = spec.rotary and definite(spec.rotary)
+    content, bias = tuple(map(definite, spec.content)), tuple(map(definite, spec.bias))
+    return replace(spec, causal=causal, scale=scale, rotary=rotary, content=content, bias=bias)
 
 
 def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
@@ -128,7 +149,7 @@ def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
     for name in ("bias", "sink"):
         if name in x and np.isposinf(np.asarray(x[name], np.float64)).any():
             raise ShapeError(f"{name} holds +∞, which no softmax can weigh; −∞ masks, a finite number biases")
-    for term in spec.bias:
+    for term in spec.terms:
         for name in _module(term).signature(term):
             if not np.isfinite(np.asarray(x[name], np.float64)).all():
                 raise ShapeError(f"{name} must hold finite numbers; given: {x[name]}")
@@ -136,15 +157,23 @@ def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
 
 def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, Any]:
     """The formula, in its fixed order."""
-    q, k, v = x["q"], x["k"], x["v"]
-    batch, heads, lq, width = q.shape
-    groups, lk = k.shape[1:3]
+    batch, heads, lq, width = x["q"].shape
+    groups, lk = x["k"].shape[1:3]
     at = place(spec.causal, x)
     live = visible(spec, x, at)
 
-    q_ok, k_ok = finite(q), finite(k)
-    rows = reshape(clean(q), (batch, groups, heads // groups, lq, width))
-    s = real(spec.scale, q) * reshape(einsum("bgrid,bgjd->bgrij", rows, clean(k)), (batch, heads, lq, lk))
+    q_ok, k_ok = finite(x["q"]), finite(x["k"])
+    turned = dict(x) | {"q": clean(x["q"]), "k": clean(x["k"])}
+    if spec.rotary is not None:
+        turned["q"], turned["k"] = _module(spec.rotary).rotate(spec.rotary, turned, at)
+    rows = reshape(turned["q"], (batch, groups, heads // groups, lq, width))
+    s = reshape(einsum("bgrid,bgjd->bgrij", rows, turned["k"]), (batch, heads, lq, lk))
+    relative = []
+    for term in spec.content:
+        logits, values = _module(term).content(term, turned, at)
+        s = s + logits
+        relative += [] if values is None else [values]
+    s = real(spec.scale, s) * s
     s_ok, s = finite(s), clean(s)
     if spec.softcap is not None:
         cap = real(spec.softcap, s)
@@ -164,21 +193,28 @@ def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, 
     keep = None
     if spec.keep_probability is not None:
         keep = real(x["keep"].astype(np.int64), s) / real(spec.keep_probability, s)
-    out, lse = softmax_attend(s, live, v, sink=x.get("sink"), keep=keep, spoiled=spoiled)
+    sink = x.get("sink")
+    out, lse = softmax_attend(s, live, x["v"], sink=sink, keep=keep, spoiled=spoiled, relative=relative)
     return {"out": out, "lse": lse}
 
 
 def lower(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> Score:
     """The same problem as data: positions, bounds and biases instead of formulas."""
     at = place(spec.causal, x)
+    q, k = x["q"], x["k"]
+    if spec.rotary is not None:
+        q, k = _module(spec.rotary).lower_rotate(spec.rotary, x, at)
+    lowered = [_module(term).lower_content(term, dict(x) | {"q": q, "k": k}, at, spec.scale) for term in spec.content]
     bias = [b for term in spec.bias for b in _module(term).lower_term(term, x, at)]
     if "bias" in x:
         bias.append(Dense(values=x["bias"]))
     return Score(
-        q=x["q"],
-        k=x["k"],
+        q=q,
+        k=k,
         v=x["v"],
         scale=spec.scale or 0.0,
+        relative=tuple(r for relative, _ in lowered for r in relative),
+        v_table=tuple(table for _, table in lowered if table is not None),
         positions=(at.i[:, 0, :, 0], at.j[:, 0, 0, :]),
         causal=bool(spec.causal),
         window=spec.window or (None, None),
@@ -224,8 +260,8 @@ def operations(spec: SDPA, sizes: Mapping[str, int]) -> tuple[int, int]:
     return 2 * pairs * (sizes["D"] + sizes["Dv"]), 8 * pairs
 
 
-def _is_term(term: Any) -> bool:
-    return isinstance(term, Spec) and hasattr(_module(term), "term")
+def _offers(term: Any, function: str) -> bool:
+    return isinstance(term, Spec) and hasattr(_module(term), function)
 
 
 def _module(term: Spec) -> Any:

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.case import Case
+from refattn.case import Case, Flag
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import reshape, take, transpose
 from refattn.plan import Bias, Table
@@ -125,6 +125,13 @@ def lower_term(spec: T5, x: Mapping[str, Any], at: Place) -> tuple[Bias, ...]:
     if spec.bidirectional:
         rows = np.where(ahead > 0, rows + spec.buckets // 2, rows)
     return (Table(values=transpose(take(x["t5_table"], rows, 0), (1, 0)), offset=-low),)
+
+
+def flags() -> Mapping[str, Flag]:
+    """What the flags mean that only these cases have."""
+    from refattn.variants._t5_cases import FLAGS
+
+    return FLAGS
 
 
 def cases() -> Iterator[Case]:

@@ -14,7 +14,7 @@ import numpy as np
 from flint import ctx
 from numpy.typing import NDArray
 
-from refattn.bound import FLOAT64, BoundSpace
+from refattn.bound import Bounded, BoundSpace
 from refattn.engines.certified.balls import BALLS, Balls
 from refattn.engines.certified.rounding import (
     ENCLOSED,
@@ -28,6 +28,7 @@ from refattn.engines.certified.rounding import (
 )
 from refattn.errors import RefattnError, Undecided
 from refattn.problem import Problem
+from refattn.profiles import FLOAT64
 from refattn.spec import Outputs
 
 __all__ = ["BITS", "ENCLOSED", "EXACT", "PROPAGATED", "ROUNDED", "STATUS", "Certificate", "certify", "name", "refuses"]
@@ -78,10 +79,20 @@ def certify(
             break
     if not decided:
         raise Undecided(f"a decision in {problem.spec.variant} stays open at {bits[-1]} bits")
-    with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
-        checks = problem.differentiate(BoundSpace(FLOAT64).real, cotangents or {}, wrt)
+    checks = _in_float64(problem, cotangents or {}, wrt)
     clean = all(np.isfinite(a.astype(np.float64)).all() for a in problem.real_inputs().values())
     return {name: _checked(name, part, checks[name], clean) for name, part in decided.items()}
+
+
+def _in_float64(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str]) -> Mapping[str, Any]:
+    """The independent check; a choice closer than float64 tells leaves every value unchecked, its bound infinite."""
+    space = BoundSpace(FLOAT64)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
+        try:
+            return problem.differentiate(space.real, cotangents, wrt)
+        except Undecided:
+            plain = problem.differentiate(np.asarray, cotangents, wrt)
+    return {name: Bounded(space, a, np.full(np.shape(a), np.inf)) for name, a in plain.items()}
 
 
 def _on_balls(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str], bits: int) -> dict[str, Balls]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cmp_to_key, partial, reduce
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,16 @@ from flint import arb, arb_mat, ctx, fmpq
 from numpy.typing import NDArray
 
 from refattn.errors import DTypeError, Undecided
-from refattn.numeric import Bools, Value, contraction
+from refattn.space import Bools, Integers, Value, contraction
 
 _exp, _log, _tanh, _lift = (np.frompyfunc(f, 1, 1) for f in (arb.exp, arb.log, arb.tanh, arb))
+_sqrt, _max, _min = np.frompyfunc(arb.sqrt, 1, 1), np.frompyfunc(arb.max, 2, 1), np.frompyfunc(arb.min, 2, 1)
 _sin, _cos = (np.frompyfunc(f, 1, 1) for f in (lambda x: _turn(x).sin(), lambda x: _turn(x).cos()))
 _midpoint, _radius, _float = (np.frompyfunc(f, 1, 1) for f in (arb.mid, arb.rad, float))
 _is_finite, _is_exact, _is_nan = (np.frompyfunc(f, 1, 1) for f in (arb.is_finite, arb.is_exact, arb.is_nan))
 _ZERO: Any = arb(0)
 _UNBOUNDED: Any = arb(0, float("inf"))
+_EITHER: Any = arb(0.5, 0.5)
 # More bits than any precision tried, so that the ends of a ball are read off without a rounding that matters.
 _END_BITS = 8192
 
@@ -124,6 +127,41 @@ class BallSpace:
         """Cosine."""
         return Balls(_objects(_cos(x._balls)))
 
+    def sqrt(self, x: Balls) -> Balls:
+        """Square root; of a ball that reaches below 0, an unbounded ball."""
+        return _undetermined(_objects(_sqrt(x._balls)), x)
+
+    def maximum(self, a: Balls, b: Balls) -> Balls:
+        """A ball that holds the larger, whichever that is."""
+        return Balls(_objects(_max(a._balls, b._balls)))
+
+    def minimum(self, a: Balls, b: Balls) -> Balls:
+        """A ball that holds the smaller."""
+        return Balls(_objects(_min(a._balls, b._balls)))
+
+    def step(self, x: Balls, at_zero: float) -> Balls:
+        """All of [0, 1] where the ball holds 0 and more."""
+        values = [_stepped(ball, at_zero) for ball in x._balls.ravel()]
+        return Balls(_filled(values, x.shape))
+
+    def peak(self, x: Balls, live: Bools) -> Balls:
+        """All of [0, 1] for entries that may be the largest where none surely is."""
+        rows = zip(x._balls.reshape(-1, x.shape[-1]), live.reshape(-1, x.shape[-1]), strict=True)
+        return Balls(_filled([w for row, ok in rows if len(row) for w in _peak(row, ok)], x.shape))
+
+    def amax(self, x: Balls, live: Bools) -> Balls:
+        """The largest of the live, folded."""
+        rows = zip(x._balls.reshape(-1, x.shape[-1]), live.reshape(-1, x.shape[-1]), strict=True)
+        found = [reduce(arb.max, row[ok]) if ok.any() else _ZERO for row, ok in rows] if x.shape[-1] else []
+        return Balls(_filled(found or [_ZERO] * int(np.prod(x.shape[:-1])), x.shape[:-1]))
+
+    def top_k(self, x: Balls, k: int) -> Integers:
+        """Every row sorted by comparisons that the radii settle."""
+        count = min(k, x.shape[-1])
+        rows = x._balls.reshape(int(np.prod(x.shape[:-1])), x.shape[-1])
+        ordered = [sorted(range(len(row)), key=cmp_to_key(partial(_before, row)))[:count] for row in rows]
+        return np.array(ordered, np.int64).reshape((*x.shape[:-1], count))
+
     def reshape(self, x: Balls, shape: tuple[int, ...]) -> Balls:
         """Another shape."""
         return Balls(x._balls.reshape(shape))
@@ -203,6 +241,44 @@ class BallSpace:
 
 
 BALLS = BallSpace()
+
+
+def _before(row: Any, i: int, j: int) -> int:
+    """Negative where entry i comes before entry j in a row sorted from the largest down."""
+    a, b = row[i], row[j]
+    if a > b or b > a:
+        return -1 if a > b else 1
+    if a.is_exact() and b.is_exact() and not (a.is_nan() or b.is_nan()):
+        return i - j
+    raise Undecided("two entries too close to tell which is larger: more bits will, unless they are equal")
+
+
+def _peak(row: Any, live: Bools) -> list[Any]:
+    """Weights of one row: 1 for an entry that is surely the first of the largest, else [0, 1] for each that may be."""
+
+    def beats(i: Any, j: Any) -> bool:
+        return bool(row[i] > row[j] or (row[i].is_exact() and row[i] == row[j] and i < j))
+
+    there = np.flatnonzero(live)
+    may = [i for i in there if not any(beats(j, i) for j in there if j != i)]
+    weights = [_ZERO] * len(row)
+    for i in may:
+        weights[i] = arb(1) if len(may) == 1 else _EITHER
+    return weights
+
+
+def _stepped(ball: arb, at_zero: float) -> arb:
+    if ball.is_nan():
+        return ball
+    if ball > 0 or ball < 0:
+        return arb(1) if ball > 0 else _ZERO
+    return arb(at_zero) if ball == 0 else _EITHER
+
+
+def _filled(values: Sequence[Any], shape: tuple[int, ...]) -> NDArray[np.object_]:
+    out = np.empty(len(values), dtype=object)
+    out[:] = values
+    return out.reshape(shape)
 
 
 def _turn(x: arb) -> arb:

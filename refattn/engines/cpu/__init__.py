@@ -29,6 +29,8 @@ def refuses(problem: Problem) -> str | None:
         return f"{problem.spec.variant} has no plan, and the cpu engine runs plans"
     if not isinstance(problem.plan, Score):
         return f"the cpu engine runs Score plans, and {problem.spec.variant} lowers to {type(problem.plan).__name__}"
+    if problem.plan.relative or problem.plan.v_table:
+        return "the cpu engine has no kernel yet for vectors by relative position"
     return None
 
 
