@@ -148,7 +148,7 @@ def vjp(
     """
     given, duals = _present("inputs", inputs), _present("cotangents", cotangents)
     problem = build(spec, _numpy(given), dtype, ("out",))
-    shapes = {name: _shape(a.dims, problem) for name, a in problem.variant.outputs(problem.spec).items()}
+    shapes = {name: a.shape(problem.sizes) for name, a in problem.variant.outputs(problem.spec).items()}
     weights = {name: to_numpy(c, f"d{name}") for name, c in duals.items()}
     if not weights:
         raise ShapeError(f"cotangents are empty: give that of at least one output of {shapes}")
@@ -178,7 +178,7 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
     whole, module = _whole(spec)
     signature = module.signature(whole)
     sizes = _present("sizes", sizes)
-    missing = sorted({d for a in signature.values() if not a.optional for d in a.dims.split()} - set(sizes))
+    missing = sorted({d for a in signature.values() if not a.optional for d in a.names} - set(sizes))
     if missing:
         raise ShapeError(f"sizes lacks {', '.join(missing)}; the signature is\n{describe(signature)}")
     for dim, size in sizes.items():
@@ -186,7 +186,7 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
             raise ShapeError(f"sizes are integers from 0 on; given: {dim}={size!r}")
     kinds = {"real": format_of(dtype).numpy, "int": np.int64, "bool": bool}
     needed = {n: a for n, a in signature.items() if not a.optional}
-    inputs = {n: np.zeros([sizes[d] for d in a.dims.split()], kinds[a.kind]) for n, a in needed.items()}
+    inputs = {n: np.zeros(a.shape(sizes), kinds[a.kind]) for n, a in needed.items()}
     problem = build(whole, inputs, dtype, ("out",))
     engines: dict[str, str | None] = {}
     for name in registry.ENGINES:
@@ -281,7 +281,3 @@ def _split_bias(bias: Any) -> tuple[tuple[Spec, ...], Any]:
     if len(dense) > 1:
         raise SpecError(f"bias takes term Specs and at most one array; given: {len(dense)} arrays")
     return tuple(b for b in bias if isinstance(b, Spec)), dense[0] if dense else None
-
-
-def _shape(dims: str, problem: Problem) -> tuple[int, ...]:
-    return tuple(problem.sizes[d] for d in dims.split())

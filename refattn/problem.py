@@ -145,9 +145,9 @@ def check(signature: Mapping[str, Array], inputs: Mapping[str, NDArray[Any]]) ->
     def wrong(what: str) -> str:
         return f"{what}\ngiven: {shapes or 'nothing'}\nexpected:\n{describe(signature)}"
 
-    for name in inputs:
-        if name not in signature:
-            raise ShapeError(wrong(f"unknown array {name!r}"))
+    unknown = next((name for name in inputs if name not in signature), None)
+    if unknown is not None:
+        raise ShapeError(wrong(f"unknown array {unknown!r}"))
     sizes: dict[str, int] = {}
     for name, array in signature.items():
         if name not in inputs:
@@ -162,10 +162,11 @@ def check(signature: Mapping[str, Array], inputs: Mapping[str, NDArray[Any]]) ->
         if given.ndim != len(dims):
             raise ShapeError(wrong(f"{name} has {given.ndim} dimensions, not {len(dims)}"))
         for dim, size in zip(dims, given.shape, strict=True):
-            if sizes.setdefault(dim, size) != size:
-                raise ShapeError(wrong(f"{name} has {dim}={size}, but an array before it has {dim}={sizes[dim]}"))
+            expected = int(dim) if dim.isdigit() else sizes.setdefault(dim, size)
+            if expected != size:
+                raise ShapeError(wrong(_disagreement(name, dim, size, expected)))
     for name, given in inputs.items():
-        if signature[name].broadcast and not _broadcasts(given.shape, signature[name].dims.split(), sizes):
+        if signature[name].broadcast and not _broadcasts(given.shape, signature[name].shape(sizes)):
             raise ShapeError(wrong(f"{name} {given.shape} does not broadcast to its dimensions"))
         _check_domain(name, signature[name].domain, given, sizes)
     return sizes
@@ -178,8 +179,13 @@ def is_kind(dtype: np.dtype[Any], kind: str) -> bool:
     return dtype.kind in _KINDS[kind]
 
 
-def _broadcasts(shape: tuple[int, ...], dims: list[str], sizes: Mapping[str, int]) -> bool:
-    target = [sizes[d] for d in dims]
+def _disagreement(name: str, dim: str, size: int, expected: int) -> str:
+    if dim.isdigit():
+        return f"{name} has size {size} where {dim} is expected"
+    return f"{name} has {dim}={size}, but an array before it has {dim}={expected}"
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     return len(shape) <= len(target) and all(
         n in (1, full) for n, full in zip(shape[::-1], target[::-1], strict=False)
     )
@@ -189,5 +195,7 @@ def _check_domain(name: str, domain: str, given: NDArray[Any], sizes: Mapping[st
     kind, _, dim = domain.partition(":")
     if kind == "positions" and given.size and max(-int(given.min()), int(given.max())) > _FARTHEST:
         raise ShapeError(f"{name} must lie between -2^52 and 2^52; given: {given.min()} to {given.max()}")
+    if kind == "indices" and given.size and (given.min() < 0 or given.max() >= sizes[dim]):
+        raise ShapeError(f"{name} must lie between 0 and {dim} - 1 = {sizes[dim] - 1}; given: {given.tolist()}")
     if kind == "lengths" and given.size and (given.min() < 0 or given.max() > sizes[dim]):
         raise ShapeError(f"{name} must lie between 0 and {dim} = {sizes[dim]}; given: {given.tolist()}")

@@ -29,9 +29,9 @@ class Spec:
         return type(self).__module__.rpartition(".")[2]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able mapping; fields that hold None or an empty tuple are left out."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"variant": self.variant} | {n: _encode(value) for n, value in given.items() if value not in (None, ())}
+        """JSON-able mapping; fields that hold None, or an empty tuple by default, are left out."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.default != () or getattr(self, f.name) != ()}
+        return {"variant": self.variant} | {name: _encode(value) for name, value in given.items() if value is not None}
 
 
 def dyadic(name: str, value: Any) -> float:
@@ -93,10 +93,11 @@ def _decode(value: Any, find: Callable[[str], type[Spec]]) -> Any:
 
 @dataclass(frozen=True)
 class Array:
-    """One array of a signature: named dimensions, kind and role.
+    """One array of a signature: dimensions by name, or a number where the spec fixes the size; kind and role.
 
     `domain` narrows the values: "any", "nonnegative", "positions" (any integers), "lengths:<dim>" (0 to that size),
-    "segments" (any integers). A `broadcast` array may lack leading dimensions or have size 1 in any.
+    "indices:<dim>" (0 to one less), "segments" (any integers). A `broadcast` array may lack leading dimensions or have
+    size 1 in any.
     """
 
     dims: str
@@ -105,6 +106,15 @@ class Array:
     domain: str = "any"
     optional: bool = False
     broadcast: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """Dimensions whose size the arrays tell."""
+        return [dim for dim in self.dims.split() if not dim.isdigit()]
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Its shape where the named dimensions have these sizes."""
+        return tuple(int(dim) if dim.isdigit() else sizes[dim] for dim in self.dims.split())
 
     def __str__(self) -> str:
         notes = [self.kind] + ["optional"] * self.optional + ["broadcastable"] * self.broadcast

@@ -18,10 +18,6 @@ class Sizes(NamedTuple):
     Dv: int = 5
 
 
-# Sizes of arrays that a default Spec says itself.
-FIXED = {"buckets": 32}
-
-
 class Problem(NamedTuple):
     spec: ra.SDPA
     sizes: Sizes = Sizes()

@@ -298,8 +298,8 @@ def test_an_unknown_layout(x, layout):
         ra.attention(**x, layout=layout)
 
 
-def test_rotary_is_refused_in_words(x):
-    with pytest.raises(Unsupported, match="no rotary term exists in this version"):
+def test_rotary_takes_a_rotary_term_only(x):
+    with pytest.raises(SpecError, match="rotary takes a Spec such as RoPE"):
         ra.attention(**x, rotary=ra.ALiBi())
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from problems import FIXED
 
 import refattn as ra
+from refattn import problem as problem_module
 from refattn import registry
 from refattn.errors import DTypeError, RefattnError, ShapeError, SpecError
 from refattn.spec import describe
@@ -51,13 +51,15 @@ def problems(draw, least=0):
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     groups, length = draw(st.integers(1, 3)), draw(st.integers(least, 5))
     size = st.integers(least, 4)
-    sizes = {"Hkv": groups, "Hq": groups * 2 * draw(st.integers(1, 2)), "Lq": length, "Lk": length, **FIXED}
+    sizes = {"Hkv": groups, "Hq": groups * 2 * draw(st.integers(1, 2)), "Lq": length, "Lk": length}
     dtype = draw(st.sampled_from(FLOATS))
     arrays = {}
     for name, array in signature_of(spec).items():
         if array.optional and not draw(st.booleans()):
             continue
-        shape = [sizes.setdefault(d, draw(size)) if d not in sizes else sizes[d] for d in array.dims.split()]
+        for dim in array.names:
+            sizes[dim] = sizes[dim] if dim in sizes else draw(size)
+        shape = list(array.shape(sizes))
         if array.broadcast:
             shape = [n if draw(st.booleans()) else 1 for n in shape][draw(st.integers(0, len(shape))) :]
         if array.kind == "real":
@@ -65,9 +67,11 @@ def problems(draw, least=0):
         elif array.kind == "bool":
             arrays[name] = np.asarray(rng.random(shape) < 0.5)
         else:
-            high = sizes[array.domain.partition(":")[2]] if array.domain.startswith("lengths") else 5
+            high = sizes[array.domain.partition(":")[2]] if ":" in array.domain else 5
+            high -= array.domain.startswith("indices")
+            assume(high >= 0 or 0 in shape)
             integer = draw(st.sampled_from([np.int64, np.int32, np.uint8]))
-            arrays[name] = np.asarray(rng.integers(0, high + 1, shape), integer)
+            arrays[name] = np.asarray(rng.integers(0, max(high, 0) + 1, shape), integer)
     for one, other in (("q_segment_ids", "k_segment_ids"), ("k_segment_ids", "q_segment_ids")):
         if one in arrays and other not in arrays:
             arrays[other] = arrays[one]
@@ -95,10 +99,12 @@ def hypothetical(examples):
 def test_what_is_valid_is_answered_whatever_the_sizes(problem):
     spec, arrays = problem
     whole, module = registry.whole(spec)
-    result = ra.evaluate(spec, arrays, want=tuple(module.outputs(whole)))
-    q = arrays["q"]
-    assert result.out.dtype == q.dtype
-    assert result.out.shape == (*q.shape[:3], arrays["v"].shape[3])
+    offered = module.outputs(whole)
+    result = ra.evaluate(spec, arrays, want=tuple(offered))
+    sizes = problem_module.check(module.signature(whole), arrays)
+    assert result.out.dtype == arrays[next(iter(module.signature(whole)))].dtype
+    for name, array in result.items():
+        assert array.shape == offered[name].shape(sizes), name
     gradients = ra.vjp(spec, arrays, {"out": np.ones(result.out.shape)})
     for name, gradient in gradients.items():
         assert gradient.shape == arrays[name[1:]].shape
@@ -129,6 +135,7 @@ def test_a_wrong_rank_or_a_wrong_size(problem, data):
     a = arrays[name]
     if wrong == "size":
         shared = [n for n, d in enumerate(signature[name].dims.split()) if shares(d, name, arrays, signature)]
+        assume(shared)
         axis = data.draw(st.sampled_from(shared))
         changed = np.concatenate([a, a[(slice(None),) * axis + (slice(0, 1),)]], axis)
     else:
@@ -143,8 +150,9 @@ def test_a_wrong_rank_or_a_wrong_size(problem, data):
 
 
 def shares(dim, name, arrays, signature):
-    """Whether another array that cannot broadcast has the dimension as well."""
-    return any(dim in signature[n].dims.split() for n in arrays if n != name and not signature[n].broadcast)
+    """Whether the size is a number, or another array that cannot broadcast has the dimension as well."""
+    others = (signature[n] for n in arrays if n != name)
+    return dim.isdigit() or any(dim in other.names for other in others if not other.broadcast)
 
 
 @hypothetical(150)
@@ -195,14 +203,14 @@ def test_a_dtype_that_no_signature_knows(problem, data):
 def test_lengths_and_positions_out_of_range(problem, data):
     spec, arrays = problem
     signature = signature_of(spec)
-    names = [n for n, a in signature.items() if a.domain.startswith(("lengths", "positions"))]
+    names = [n for n, a in signature.items() if a.domain.startswith(("lengths", "positions", "indices"))]
     assume(names)
     name = data.draw(st.sampled_from(names))
-    dims = signature[name].dims.split()
-    sizes = {d: n for key in "qkv" for d, n in zip(signature[key].dims.split(), arrays[key].shape, strict=True)}
-    changed = np.ones([sizes[d] for d in dims], np.int64)
-    far = signature[name].domain == "positions"
-    changed.flat[-1] = data.draw(st.sampled_from([-(2**53), 2**63 - 1] if far else [-1, sizes["Lk"] + 1, 2**40]))
+    sizes = problem_module.check(signature, arrays)
+    kind, _, dim = signature[name].domain.partition(":")
+    changed = np.zeros(signature[name].shape(sizes), np.int64)
+    beyond = [-(2**53), 2**63 - 1] if kind == "positions" else [-1, sizes[dim] + (kind == "lengths"), 2**40]
+    changed.flat[-1] = data.draw(st.sampled_from(beyond))
     message = refusal(spec, arrays | {name: changed}, ShapeError)
     assert message.startswith(f"{name} must lie between ")
     assert "given: " in message

@@ -55,7 +55,7 @@ def resolved(case: Case) -> tuple[Any, dict[str, Array]]:
 
 def array_of(case: Case, name: str, array: Array, recipe: Recipe) -> NDArray[Any]:
     """One array of a case from its recipe."""
-    shape = recipe.shape or tuple(case.sizes[d] for d in array.dims.split())
+    shape = recipe.shape or array.shape(case.sizes)
     dtype = "float32" if name in FLOAT32_INPUTS else case.dtype
     return materialise(recipe, shape, array.kind, dtype, seed=case.seed, case=case.name, tensor=name)
 

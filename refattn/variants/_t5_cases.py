@@ -25,7 +25,7 @@ def cases() -> Iterator[Case]:
         (term,) = whole.bias
         own = ("t5", "t5_bidirectional") if term.bidirectional else ("t5",)
         flags = (*case.flags, *option_flags(whole, case.sizes), *own)
-        yield replace(case, flags=flags, sizes={**case.sizes, "buckets": term.buckets})
+        yield replace(case, flags=flags)
 
 
 def _cases() -> Iterator[Case]:

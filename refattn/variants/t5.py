@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn.case import Case, Flag
-from refattn.errors import ShapeError, SpecError
+from refattn.errors import SpecError
 from refattn.numeric import reshape, take, transpose
 from refattn.plan import Bias, Table
 from refattn.spec import Array, Spec
@@ -69,16 +69,11 @@ class T5(Spec):
 
 def signature(spec: T5) -> dict[str, Array]:
     """The learned table."""
-    return {"t5_table": Array("buckets Hq", role="learned")}
+    return {"t5_table": Array(f"{spec.buckets} Hq", role="learned")}
 
 
 def resolve(spec: T5, sizes: Mapping[str, int]) -> T5:
-    """Nothing has a default to be resolved; a table of another number of buckets is refused."""
-    if sizes["buckets"] != spec.buckets:
-        raise ShapeError(
-            f"t5_table has {sizes['buckets']} rows for T5(buckets={spec.buckets}): give it one row a bucket, "
-            "or the Spec the number of its rows"
-        )
+    """Nothing has a default to be resolved."""
     return spec
 
 

@@ -22,7 +22,7 @@ def arrays(spec, rng, lengths=None, **changed):
     """Inputs and cotangents of out and lse."""
     sizes, module = SIZES | changed, ra.variants()["linformer"].module
     made = {
-        name: rng.standard_normal([sizes[d] for d in a.dims.split()])
+        name: rng.standard_normal(a.shape(sizes))
         for name, a in (module.signature(spec) | module.outputs(spec)).items()
         if a.kind == "real"
     }
