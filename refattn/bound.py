@@ -164,12 +164,12 @@ class BoundSpace:
         return Bounded(self, y, np.where(_zero(x), 0.0, e))
 
     def sqrt(self, x: Bounded) -> Bounded:
-        """|√a − √b| ≤ |a − b| / (√a + √b), and the function's error; below 0 nothing is promised; √0 = 0 exactly."""
+        """E / (√(x − e) + √(x − 2e)), and the function's error; where x may be below 0, no promise; √0 = 0 exactly."""
         p = self.profile
         with np.errstate(invalid="ignore", divide="ignore"):
             y = np.sqrt(x.x)
-            e = np.where(x.e == 0, 0.0, x.e / (y + np.sqrt(np.maximum(x.x - 2 * x.e, 0.0))))
-            e = np.where(x.x - x.e < 0, np.inf, (e + (p.unit + p.exponential) * (y + 2 * e) + p.tiny) * _SLACK)
+            e = np.where(x.e == 0, 0.0, x.e / (np.sqrt(x.x - x.e) + np.sqrt(x.x - 2 * x.e)))
+            e = np.where(x.x - 2 * x.e < 0, np.inf, (e + (p.unit + p.exponential) * (y + 2 * e) + p.tiny) * _SLACK)
         return Bounded(self, y, np.where(_zero(x), 0.0, e))
 
     def maximum(self, a: Bounded, b: Bounded) -> Bounded:
@@ -182,14 +182,14 @@ class BoundSpace:
 
     def step(self, x: Bounded, at_zero: float) -> Bounded:
         """Off by 1 at most, where an evaluation may stand on the other side of 0."""
-        sure = (np.abs(x.x) > x.e) | (x.e == 0)
+        sure = (np.abs(x.x) > 2 * x.e) | (x.e == 0)
         return Bounded(self, np.heaviside(x.x, at_zero), np.where(sure, 0.0, 1.0))
 
     def peak(self, x: Bounded, live: Bools) -> Bounded:
         """Off by 1 at most, where an evaluation may find another entry the largest."""
         centre = SPACE64.peak(x.x, live)
-        low = np.max(np.where(live, x.x - x.e, -np.inf), -1, keepdims=True, initial=-np.inf)
-        may = live & (x.x + x.e >= low)
+        low = np.max(np.where(live, x.x - 2 * x.e, -np.inf), -1, keepdims=True, initial=-np.inf)
+        may = live & (x.x + 2 * x.e >= low)
         # Exact equals are no doubt: the first is taken by every evaluation.
         sure = (np.sum(may & (x.e > 0), -1, keepdims=True) == 0) | (np.sum(may, -1, keepdims=True) < 2)
         return Bounded(self, centre, np.where(may & ~sure, 1.0, 0.0))
@@ -207,7 +207,7 @@ class BoundSpace:
             One may.
         """
         order = SPACE64.top_k(x.x, x.shape[-1])
-        found, error = np.take_along_axis(x.x, order, -1), np.take_along_axis(x.e, order, -1)
+        found, error = np.take_along_axis(x.x, order, -1), np.take_along_axis(2 * x.e, order, -1)
         best_after = np.flip(np.maximum.accumulate(np.flip(found + error, -1), -1), -1)[..., 1 : k + 1]
         here, stray = found[..., : best_after.shape[-1]], error[..., : best_after.shape[-1]]
         # Exact equals have an order, the first first.

@@ -122,18 +122,17 @@ class Tape:
 
     def maximum(self, a: Any, b: Any) -> Any:
         """The cotangent goes to the larger, half to each of two equals."""
-        return self._extreme(numeric.maximum(_value(a), _value(b)), a, b)
+        return self._extreme(numeric.maximum(_value(a), _value(b)), _value(a) - _value(b), a, b)
 
     def minimum(self, a: Any, b: Any) -> Any:
         """The cotangent goes to the smaller, half to each of two equals."""
-        return self._extreme(numeric.minimum(_value(a), _value(b)), b, a)
+        return self._extreme(numeric.minimum(_value(a), _value(b)), _value(b) - _value(a), a, b)
 
-    def _extreme(self, value: Any, upper: Any, lower: Any) -> Any:
-        ahead = _value(upper) - _value(lower)
+    def _extreme(self, value: Any, ahead: Any, a: Any, b: Any) -> Any:
         return self._node(
             value,
-            (upper, lambda g: _fit(g * numeric.step(ahead, 0.5), upper)),
-            (lower, lambda g: _fit(g * numeric.step(-ahead, 0.5), lower)),
+            (a, lambda g: _fit(g * numeric.step(ahead, 0.5), a)),
+            (b, lambda g: _fit(g * numeric.step(-ahead, 0.5), b)),
         )
 
     def clip(self, x: Any, low: Any, high: Any) -> Any:

@@ -28,7 +28,7 @@ def corners(rng, profile, shape=(4, 500)):
 
 
 BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.true_divide}
-UNARY = {"exp": np.exp, "log": np.log, "tanh": np.tanh, "sin": np.sin, "cos": np.cos}
+UNARY = {"exp": np.exp, "log": np.log, "tanh": np.tanh, "sin": np.sin, "cos": np.cos, "sqrt": np.sqrt}
 
 
 def admissible(found, exact, got):
@@ -52,7 +52,7 @@ def test_a_rule_for_two_holds_at_its_corners(rng, name):
 def test_a_rule_for_one_holds_at_its_corners(rng, name):
     profile, f = FLOAT32, UNARY[name]
     a, exact, got = corners(rng, profile)
-    if name == "log":
+    if name in ("log", "sqrt"):
         a, exact, got = Bounded(a.space, a.x + 8, a.e), exact + 8, got + 8
     found = getattr(BoundSpace(profile), name)(a)
     for argument, function in product((-2, 2), (-4, 4)):

@@ -146,14 +146,17 @@ class BallSpace:
 
     def peak(self, x: Balls, live: Bools) -> Balls:
         """All of [0, 1] for entries that may be the largest where none surely is."""
+        if not x.shape[-1]:
+            return x
         rows = zip(x._balls.reshape(-1, x.shape[-1]), live.reshape(-1, x.shape[-1]), strict=True)
-        return Balls(_filled([w for row, ok in rows if len(row) for w in _peak(row, ok)], x.shape))
+        return Balls(_filled([w for row, ok in rows for w in _peak(row, ok)], x.shape))
 
     def amax(self, x: Balls, live: Bools) -> Balls:
         """The largest of the live, folded."""
-        rows = zip(x._balls.reshape(-1, x.shape[-1]), live.reshape(-1, x.shape[-1]), strict=True)
-        found = [reduce(arb.max, row[ok]) if ok.any() else _ZERO for row, ok in rows] if x.shape[-1] else []
-        return Balls(_filled(found or [_ZERO] * int(np.prod(x.shape[:-1])), x.shape[:-1]))
+        count = int(np.prod(x.shape[:-1]))
+        rows = zip(x._balls.reshape(count, x.shape[-1]), live.reshape(count, x.shape[-1]), strict=True)
+        found = [reduce(arb.max, row[ok]) if ok.any() else _ZERO for row, ok in rows]
+        return Balls(_filled(found, x.shape[:-1]))
 
     def top_k(self, x: Balls, k: int) -> Integers:
         """Every row sorted by comparisons that the radii settle."""
