@@ -170,8 +170,9 @@ def vjp(
 
 
 def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dict[str, Any]:
-    """What a problem of these sizes is: resolved spec, signature, engines (None, or why not), plan, operations, memory.
+    """What a problem of these sizes is: resolved spec, signature, engines, plan, operations, memory.
 
+    Engines that take it have None, others the reason; a variant without a plan has the reason in its place.
     `sizes` are those of the signature: {"B": 1, "Hq": 8, "Hkv": 8, "Lq": 128, "Lk": 128, "D": 64, "Dv": 64}. The
     arrays that the spec requires are assumed, optional ones not.
     """
@@ -201,7 +202,7 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
         "spec": problem.spec,
         "signature": {name: str(a) for name, a in signature.items()},
         "engines": engines,
-        "plan": plans.describe(problem.plan),
+        "plan": problem.unplanned or plans.describe(problem.plan),
         "operations": told[0],
         "input_bytes": sum(a.nbytes for a in inputs.values()),
         "score_matrix_bytes": told[1],

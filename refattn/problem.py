@@ -36,7 +36,7 @@ class Variant(Protocol):
         """The paper's formula, on whatever space the inputs are in."""
 
     def lower(self, spec: Any, x: Mapping[str, Any], state: Any = None) -> Plan:
-        """The same problem as a plan: a second derivation."""
+        """The same problem as a plan: a second derivation. A module without one has a sentence in its place."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,9 +83,23 @@ class Problem:
         values = {name: getattr(output, "value", output) for name, output in outputs.items()}
         return values | {f"d{name}": g for name, g in zip(wrt, gradients, strict=True)}
 
+    @property
+    def unplanned(self) -> str | None:
+        """Why the variant has no plan, or None: its module has a sentence in the place of `lower`, or nothing."""
+        lower = getattr(self.variant, "lower", "its module offers no `lower`")
+        return f"{self.spec.variant} has no plan: {lower}" if isinstance(lower, str) else None
+
     @cached_property
     def plan(self) -> Plan:
-        """The lowered problem, in float64."""
+        """The lowered problem, in float64.
+
+        Raises
+        ------
+        Unsupported
+            The variant has no plan; the message says why.
+        """
+        if self.unplanned is not None:
+            raise Unsupported(self.unplanned)
         plan: Plan = self.variant.lower(self.spec, self.lift(lambda a: a))
         return plan
 
