@@ -306,6 +306,10 @@ class BoundSpace:
         top = np.where(np.isneginf(top), 0.0, top)
         return Bounded(self, top, self.profile.shift * self.profile.unit * np.abs(top))
 
+    def certain(self, x: Bounded, alone: Bools) -> Bools:
+        """None: a kernel's backward pass finds the weight from a score and a log-sum-exp, each rounded."""
+        return np.zeros(alone.shape, bool)
+
     def stored(self, x: Bounded, cotangent: bool) -> Bounded:
         """One rounding to the storage type; what is asked of the cotangent alone does nothing to the value.
 

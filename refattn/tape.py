@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from refattn import numeric
-from refattn.space import Bools, Value
+from refattn.space import Bools, Value, space_of
 
 Rule = Callable[[Any], Any]
 
@@ -245,6 +245,11 @@ class Tape:
     def row_max(self, x: Any, live: Bools) -> Any:
         """Detached."""
         return numeric.row_max(x.value, live)
+
+    def certain(self, x: Any, alone: Bools) -> Bools:
+        """Of the inner space."""
+        space = space_of(x.value)
+        return space.certain(x.value, alone) if hasattr(space, "certain") else alone
 
     def stop(self, x: Any) -> Any:
         """The bare value: no path back."""

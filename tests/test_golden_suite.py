@@ -244,7 +244,7 @@ def mistakes(case: Case) -> Iterator[Mistake]:
         yield "scale 1 % off", arrays, {"scale": 1.01 * case.sizes["D"] ** -0.5}
     groups, heads = (case.sizes.get(name, 1) for name in ("Hkv", "Hq"))
     if 1 < groups < heads:
-        signature = recipes.resolved(case)[1]
+        signature = recipes.signature_of(case)
         axes = {name: array.dims.split().index("Hkv") for name, array in signature.items() if "Hkv" in array.dims}
         swapped = {name: np.take(arrays[name], np.arange(heads) % groups, axis) for name, axis in axes.items()}
         yield "key head h mod Hkv", arrays | swapped, {}
@@ -314,7 +314,7 @@ def test_every_option_that_a_case_sets_is_visible_in_out_or_lse() -> None:
         spec = registry.whole(case.spec)[0]
         for label, arrays, changes in mistakes(case):
             found = reference(replace(case, spec=replace(spec, **changes)), arrays)
-            both = found.keys() & published.expected.keys()
+            both = [n for n, array in published.expected.items() if n in found and found[n].shape == array.shape]
             if not any(wrong(found[n], published.expected[n], published.bound[n]) for n in both):
                 hidden.append((case.name, label))
     assert hidden == []

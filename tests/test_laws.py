@@ -47,7 +47,7 @@ def test_gradients_are_those_of_the_text(name):
     ways = {n: rng.standard_normal(given.inputs[n].shape) for n in wrt}
     with np.errstate(all="ignore"):
         x = given.lift(np.asarray)
-        moved = given.variant.reference(given.spec, x | {n: x[n] + 1j * STEP * ways[n] for n in wrt})
+        moved = given.text(x | {n: x[n] + 1j * STEP * ways[n] for n in wrt})
         gradients = given.differentiate(np.asarray, duals, wrt)
         forward = [np.where(w == 0, 0, w * np.imag(moved[n]) / STEP) for n, w in duals.items()]
         backward = [np.where(ways[n] == 0, 0, ways[n] * gradients[f"d{n}"]) for n in wrt]

@@ -16,8 +16,9 @@ from refattn.case import NORMAL, Case, as_json
 from refattn.dtypes import format_of, round_up_bfloat16
 from refattn.engines import certified, reference
 from refattn.errors import SpecError, Undecided
+from refattn.files import safetensors_bytes
 from refattn.golden import inputs as recipes
-from refattn.golden.store import json_bytes, safetensors_bytes
+from refattn.golden.store import METADATA, json_bytes
 from refattn.problem import Problem
 from refattn.profiles import PROFILES
 
@@ -53,7 +54,8 @@ def build(case: Case) -> Built:
     problem = problem_of(case, arrays)
     wrt = tuple(problem.real_inputs()) if weights else ()
     found = certified.certify(problem, weights, wrt)
-    names = [n for n in found if n in case.want or n.startswith("d")]
+    wanted = {n for n in found if n in case.want or (n.startswith("state_") and "state" in case.want)}
+    names = [n for n in found if n in wanted or n.startswith("d")]
     limits = bounds(problem, weights, wrt, PROFILES[PROFILE_OF[case.dtype]])
     plain = reference.vjp(problem, weights, wrt)
 
@@ -74,7 +76,7 @@ def build(case: Case) -> Built:
         for code, label in enumerate(certified.STATUS):
             counts[label] += int((certificate.status == code).sum())
     manifest = json_bytes(_manifest(case, problem, arrays=arrays, weights=weights, tensors=tensors, status=status))
-    packed = safetensors_bytes(tensors)
+    packed = safetensors_bytes(tensors, METADATA)
     seconds = time.perf_counter() - start
     size = len(manifest) + len(packed)
     return Built(manifest, packed, Tally(case.name, int(tally["elements"]), counts, tally["distance"], size, seconds))
@@ -82,7 +84,7 @@ def build(case: Case) -> Built:
 
 def problem_of(case: Case, arrays: Mapping[str, NDArray[Any]]) -> Problem:
     """The checked problem of a case, restricted to its published query rows."""
-    problem = api.build(case.spec, arrays, case.dtype, ("out",))
+    problem = api.build(case.spec, arrays, case.dtype, ("out",), case.history)
     if case.rows is None:
         return problem
     short = problem.variant.restrict(problem.spec, problem.inputs, case.rows.q)
@@ -167,6 +169,8 @@ def _manifest(
         "outputs": outputs,
         "conventions": {"empty_row": "zero", "lse_base": "e", "overflow": "nonsaturate", "rounding": "odd"},
     }
+    if case.history:
+        manifest["history"] = case.history
     if case.rows is not None:
         manifest["rows"] = {"q": list(case.rows.q), "k": list(case.rows.k)}
     return manifest

@@ -56,6 +56,7 @@ class Golden:
     catches: str
     profile: str
     rows: Rows | None
+    history: int
     expected: Mapping[str, NDArray[np.float64]]
     bound: Mapping[str, NDArray[np.float64]]
     status: Mapping[str, str]
@@ -65,7 +66,7 @@ class Golden:
         """The problem as recipes."""
         given = {n: _recipe(entry["recipe"]) for n, entry in self.manifest["inputs"].items()}
         duals = {f"d{n}": _recipe(entry["recipe"]) for n, entry in self.manifest["cotangents"].items()}
-        want = ("out", "lse", "vjp") if duals else ("out", "lse")
+        want = tuple(name for name in self.expected if not name.startswith("d")) + (("vjp",) if duals else ())
         return Case(
             name=self.name,
             spec=self.spec,
@@ -77,6 +78,7 @@ class Golden:
             want=want,
             flags=self.flags,
             rows=self.rows,
+            history=self.history,
             seed=self.manifest["seed"],
         )
 
@@ -196,6 +198,7 @@ def read_case(path: Path, entry: Mapping[str, str] | None = None) -> Golden:
         catches=manifest["catches"],
         profile=manifest["profile"],
         rows=None if rows is None else Rows(q=tuple(rows["q"]), k=tuple(rows["k"])),
+        history=manifest.get("history", 0),
         expected={n: tensors[n] for n in manifest["outputs"]},
         bound={n: tensors[f"{n}.bound"].astype(np.float64) for n in manifest["outputs"]},
         status={n: output["status"] for n, output in manifest["outputs"].items()},

@@ -14,9 +14,10 @@ from pathlib import Path
 from refattn import registry
 from refattn.case import Case
 from refattn.errors import GoldenFormatError, SpecError
+from refattn.files import write
 from refattn.golden.build import SCHEMA, Built, build
 from refattn.golden.load import INDEX, read_index
-from refattn.golden.store import json_bytes, write
+from refattn.golden.store import json_bytes
 from refattn.philox import identifier
 
 SUITE = "core"
