@@ -42,13 +42,23 @@ def test_the_class_is_found_by_name_in_any_case(info):
 @EVERY
 def test_a_module_keeps_the_protocol(info):
     functions = {"variant": ("signature", "outputs", "resolve", "reference", "lower")}
-    functions["term"] = ("signature", "resolve", "term", "lower_term")
-    for name in functions[info.kind]:
+    functions |= {"rotary": ("rotate", "lower_rotate"), "content": ("content", "lower_content")}
+    functions |= {"bias": ("term", "lower_term")}
+    for name in functions[info.place or "variant"] + ("signature", "resolve"):
         assert callable(getattr(info.module, name)), name
     signature = info.module.signature(info.example)
     assert all(isinstance(array, Array) for array in signature.values())
     whole, module = registry.whole(info.example)
     assert {"out"} <= set(module.outputs(whole))
+
+
+@EVERY
+def test_a_term_has_a_place_in_sdpa_and_a_variant_has_none(info):
+    assert (info.place is None) == (info.kind == "variant")
+    if info.place is not None:
+        whole, _ = registry.whole(info.example)
+        assert whole.terms == (info.example,)
+        assert getattr(whole, info.place) in (info.example, (info.example,))
 
 
 @EVERY
