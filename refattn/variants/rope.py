@@ -2,9 +2,9 @@ r"""RoPE: queries and keys turned by their positions, so that their product tell
 
     (a, b) of x at position p  →  (a cos pw_t − b sin pw_t,  a sin pw_t + b cos pw_t),     w_t = base^(−2t/width)
 
-x is each head's q, and its k; t = 0 .. width/2 − 1 counts pairs of channels. Values are not turned. A turn by p met by a
-turn by p' leaves p − p': scores depend on distances, and lengths of q and k stay. Positions are those of SDPA: key j at
-j, query i at i + Lk − Lq, or as q_positions and k_positions say.
+x is each head's q, and its k; t = 0 .. width/2 − 1 counts pairs of channels; values are not turned. A turn by p met by
+a turn by p' leaves p − p': scores depend on distances, and lengths of q and k stay. Positions are those of SDPA: key j
+at j, query i at i + Lk − Lq, or as q_positions and k_positions say.
 
 pairing: which channels are a pair, "half" (t, t + width/2) or "interleaved" (2t, 2t + 1). The one is the other after
 a permutation of channels, and a checkpoint is trained with one of the two; nothing in its shapes tells which.
