@@ -254,8 +254,10 @@ def test_a_nan_in_a_live_key_reaches_every_query_of_its_head_and_in_padding_none
             same(found[name], value)
         k[0, 1, 0, 1] = bad
         problem = api.build(spec, x | lengths | {"k": k}, "float64", ("out",))
+        # Lowering infinities warns of nothing.
+        plan = problem.plan
         with np.errstate(invalid="ignore"):
-            both = execute(problem.plan), problem.evaluate(np.asarray)
+            both = execute(plan), problem.evaluate(np.asarray)
         for found in both:
             for name in ("out", "lse"):
                 assert np.isnan(found[name][0, 2:]).all()
