@@ -11,12 +11,13 @@ a permutation of channels, and a checkpoint is trained with one of the two; noth
 width, part: how many channels turn, an even number, and whether they are the first or the last of D; others stay.
 angles: "exact", the real numbers p w_t; "float32", those of models that compute them in float32: with each operation
 rounded to nearest, the exponent 2t/width, the power base^exponent, its reciprocal, and the product of this frequency by
-the position, itself rounded; then cosine and sine are exact, of that angle. "table": cosines and sines are inputs,
+the position, rounded before and after; then cosine and sine are exact, of that angle. "table": cosines and sines are inputs,
 rope_cos and rope_sin (P, width/2), a row for each position from 0; they need not lie on a circle, and have gradients.
 
 In float64 the exact angles are off by about p·2⁻⁵², as any double-precision code is: 10⁻¹⁰ at p = 2²⁰. Certified
 values have no such error. A kernel is taken to be handed exact cosines and sines, rounded once, so one that multiplies
 positions by frequencies in float32 or bfloat16 lies outside the bound far out; "float32" is the case for the former.
+Turned queries and keys may be kept in the storage type. Beyond angles of 2²⁰ the bound promises nothing.
 
 Source: Su et al., arXiv 2104.09864, section 3.2.2, whose equation 34 pairs neighbours; halves: GPT-NeoX and
 transformers' Llama. Equation number recalled, not looked up. float32 angles: transformers' LlamaRotaryEmbedding, whose
