@@ -11,8 +11,9 @@ a permutation of channels, and a checkpoint is trained with one of the two; noth
 width, part: how many channels turn, an even number, and whether they are the first or the last of D; others stay.
 angles: "exact", the real numbers p w_t; "float32", those of models that compute them in float32: with each operation
 rounded to nearest, the exponent 2t/width, the power base^exponent, its reciprocal, and the product of this frequency by
-the position, rounded before and after; then cosine and sine are exact, of that angle. "table": cosines and sines are inputs,
-rope_cos and rope_sin (P, width/2), a row for each position from 0; they need not lie on a circle, and have gradients.
+the position, rounded before and after; cosine and sine are then exact, of that angle. "table": cosines and sines are
+inputs, rope_cos and rope_sin (P, width/2), a row for each position from 0; they have gradients, and need not lie on a
+circle.
 
 In float64 the exact angles are off by about p·2⁻⁵², as any double-precision code is: 10⁻¹⁰ at p = 2²⁰. Certified
 values have no such error. A kernel is taken to be handed exact cosines and sines, rounded once, so one that multiplies
