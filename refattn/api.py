@@ -60,7 +60,7 @@ def attention(
     scale, softcap : float
         Default scale D^-1/2; softcap c replaces a logit s by c tanh(s/c), before bias and mask.
     rotary : Spec
-        A term that turns q and k, such as `refattn.RoPE(pairing="half")`.
+        A term that turns q and k by their positions, such as `refattn.RoPE(pairing="half")`.
     bias : array, Spec, or a sequence of Specs with at most one array
         An array broadcastable to (B,Hq,Lq,Lk) is added to the logits, −∞ masks; a Spec such as `refattn.ALiBi()`
         is a bias given by its formula.
@@ -75,7 +75,7 @@ def attention(
     q_lengths, kv_lengths : (B,) integers
         Lengths of padded sequences; what lies beyond is never read.
     q_positions, k_positions : (B,L) integers
-        Where queries and keys stand, for causality, windows and biases by distance.
+        Where queries and keys stand, for causality, windows, biases by distance and rotations.
     keep : (boolean mask, probability)
         Dropout as given: weights where True are divided by the probability, others are 0.
     dtype : result's dtype
@@ -93,6 +93,16 @@ def attention(
         What was given, what was expected, and what to do.
     Unsupported
         The engine does not take this problem; the message says why.
+
+    Examples
+    --------
+    Rotated halves, as Llama has them, and two key heads of which each serves two query heads:
+
+    >>> import numpy as np
+    >>> import refattn as ra
+    >>> q, k, v = np.ones((1, 4, 6, 8)), np.ones((1, 2, 6, 8)), np.ones((1, 2, 6, 8))
+    >>> ra.attention(q, k, v, causal=True, rotary=ra.RoPE(pairing="half")).shape
+    (1, 4, 6, 8)
 
     Source: arXiv 1706.03762, equation 1.
     """

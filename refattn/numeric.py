@@ -6,7 +6,7 @@ formula; other constants go through `real`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,15 @@ from refattn.space import Bools, Integers, apply, space_of
 def real(value: Any, like: Any) -> Any:
     """An exact number in the space of `like`: int, Fraction, a float as the dyadic it is, or an array of these."""
     return space_of(like).real(value)
+
+
+def constant(formula: Callable[[Any], Any], like: Any) -> Any:
+    """`formula(like)`, which no input enters: a kernel is handed the number, rounded once, and does not derive it.
+
+    The argument stands for `like` in every use of `real`.
+    """
+    space = space_of(like)
+    return space.constant(formula) if hasattr(space, "constant") else formula(like)
 
 
 def exp(x: Any) -> Any:

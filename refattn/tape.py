@@ -74,6 +74,10 @@ class Tape:
         """A constant: lifted by the inner space of whatever has been recorded."""
         return numeric.real(value, like=self.nodes[0].value)
 
+    def constant(self, formula: Callable[[Any], Any]) -> Any:
+        """Of the inner space: no input enters it."""
+        return numeric.constant(formula, like=self.nodes[0].value)
+
     def add(self, a: Any, b: Any) -> Any:
         """d(a + b) = da + db."""
         return self._node(_value(a) + _value(b), (a, lambda g: _fit(g, a)), (b, lambda g: _fit(g, b)))

@@ -26,6 +26,7 @@ SPECS = {info.name: info.example for info in ra.variants().values()} | {
     "half": ra.SDPA(bias=ra.ALiBi(direction="half")),
     "axial": ra.Axial(width=1),
     "mixtures of a head": ra.Linformer(sharing="kv", heads="per_head"),
+    "part turned": ra.RoPE(pairing="interleaved", width=0, angles="float32"),
 }
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2)
 FOREIGN = {
@@ -59,6 +60,9 @@ def problems(draw, least=0):
             continue
         for dim in array.names:
             sizes[dim] = sizes[dim] if dim in sizes else draw(size)
+            if dim == "D" and spec.variant == "rope":
+                # Channels turn in pairs.
+                sizes[dim] += sizes[dim] % 2
         shape = list(array.shape(sizes))
         if array.broadcast:
             shape = [n if draw(st.booleans()) else 1 for n in shape][draw(st.integers(0, len(shape))) :]
