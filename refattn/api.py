@@ -148,7 +148,8 @@ def vjp(
     """
     given, duals = _present("inputs", inputs), _present("cotangents", cotangents)
     problem = build(spec, _numpy(given), dtype, ("out",))
-    shapes = {name: a.shape(problem.sizes) for name, a in problem.variant.outputs(problem.spec).items()}
+    shapes = {name: a.shape(problem.sizes) for name, a in problem.outputs.items()}
+    shapes = {name: shape for name, shape in shapes.items() if name not in problem.integer_outputs}
     weights = {name: to_numpy(c, f"d{name}") for name, c in duals.items()}
     if not weights:
         raise ShapeError(f"cotangents are empty: give that of at least one output of {shapes}")
@@ -201,7 +202,7 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
         "spec": problem.spec,
         "signature": {name: str(a) for name, a in signature.items()},
         "engines": engines,
-        "plan": plans.describe(problem.plan),
+        "plan": problem.plan if isinstance(problem.plan, str) else plans.describe(problem.plan),
         "operations": told[0],
         "input_bytes": sum(a.nbytes for a in inputs.values()),
         "score_matrix_bytes": told[1],
@@ -239,11 +240,14 @@ def _engine(name: str, problem: Problem) -> Any:
 
 
 def _rounded(outputs: Outputs, problem: Problem) -> Outputs:
-    """Each output rounded once: to the problem's dtype, lse to float64 or float32."""
+    """Each output rounded once: to the problem's dtype, lse to float64 or float32; integers are int64."""
     wide = np.dtype(np.float64 if problem.dtype == np.float64 else np.float32)
-    return Outputs(
-        {n: round_to(a, wide if n == "lse" else problem.dtype) for n, a in outputs.items()}, outputs.status
-    )
+    integers = problem.integer_outputs
+
+    def rounded(name: str, a: Any) -> Any:
+        return a.astype(np.int64) if name in integers else round_to(a, wide if name == "lse" else problem.dtype)
+
+    return Outputs({name: rounded(name, a) for name, a in outputs.items()}, outputs.status)
 
 
 def _whole(spec: Any) -> tuple[Spec, Any]:

@@ -36,7 +36,7 @@ class Variant(Protocol):
         """The paper's formula, on whatever space the inputs are in."""
 
     def lower(self, spec: Any, x: Mapping[str, Any], state: Any = None) -> Plan:
-        """The same problem as a plan: a second derivation."""
+        """The same problem as a plan: a second derivation. A module without one has a sentence here that says why."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,6 +56,17 @@ class Problem:
         found: dict[str, Array] = self.variant.signature(self.spec)
         return found
 
+    @property
+    def outputs(self) -> dict[str, Array]:
+        """Arrays it gives."""
+        found: dict[str, Array] = self.variant.outputs(self.spec)
+        return found
+
+    @property
+    def integer_outputs(self) -> set[str]:
+        """Names of the outputs that are integers: exact in every space, without a cotangent."""
+        return {name for name, array in self.outputs.items() if array.kind == "int"}
+
     def real_inputs(self) -> dict[str, NDArray[Any]]:
         """The inputs that have gradients."""
         return {name: a for name, a in self.inputs.items() if self.signature[name].kind == "real"}
@@ -73,7 +84,10 @@ class Problem:
     def differentiate(
         self, convert: Any, cotangents: Mapping[str, NDArray[Any]], wrt: Sequence[str]
     ) -> dict[str, Any]:
-        """Outputs, and the gradients d<name> of the named inputs, from the same text on the tape."""
+        """Outputs, and the gradients d<name> of the named inputs, from the same text on the tape.
+
+        Integer outputs come as exact numbers of the space, so that an engine has one kind of number to deal with.
+        """
         tape = Tape()
         x = self.lift(convert)
         leaves = {name: tape.variable(x[name]) for name in wrt}
@@ -81,11 +95,14 @@ class Problem:
         pairs = [(outputs[name], convert(np.asarray(c, np.float64))) for name, c in cotangents.items()]
         gradients = tape.gradients(pairs, list(leaves.values()))
         values = {name: getattr(output, "value", output) for name, output in outputs.items()}
+        values |= {name: convert(np.asarray(values[name], np.float64)) for name in self.integer_outputs}
         return values | {f"d{name}": g for name, g in zip(wrt, gradients, strict=True)}
 
     @cached_property
-    def plan(self) -> Plan:
-        """The lowered problem, in float64."""
+    def plan(self) -> Plan | str:
+        """The lowered problem, in float64; of a variant that has none, the sentence that says why."""
+        if isinstance(self.variant.lower, str):
+            return self.variant.lower
         plan: Plan = self.variant.lower(self.spec, self.lift(lambda a: a))
         return plan
 
@@ -96,8 +113,10 @@ class Problem:
         Raises
         ------
         Unsupported
-            It lowers to something else.
+            It lowers to something else, or not at all.
         """
+        if isinstance(self.plan, str):
+            raise Unsupported(f"{self.spec.variant} has no plan: {self.plan}")
         if not isinstance(self.plan, Score):
             raise Unsupported(f"{self.spec.variant} lowers to {type(self.plan).__name__}, where a Score is needed")
         return self.plan

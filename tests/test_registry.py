@@ -44,7 +44,9 @@ def test_a_module_keeps_the_protocol(info):
     functions = {"variant": ("signature", "outputs", "resolve", "reference", "lower")}
     functions["term"] = ("signature", "resolve", "term", "lower_term")
     for name in functions[info.kind]:
-        assert callable(getattr(info.module, name)), name
+        given = getattr(info.module, name)
+        # Instead of a lowering, the sentence that says why there is none.
+        assert callable(given) or (name == "lower" and isinstance(given, str) and given), name
     signature = info.module.signature(info.example)
     assert all(isinstance(array, Array) for array in signature.values())
     whole, module = registry.whole(info.example)
