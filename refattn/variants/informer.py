@@ -24,8 +24,8 @@ divisor Lk and cumsum: the authors' code, github.com/zhouhaoyi/Informer2020, mod
 recalled, not looked up.
 
 Differs from: transformers, which draws one sample of min(factor Lq ⌈ln(1 + Lk)⌉, Lk) keys for all queries together
-(here: equal rows of sample), takes u = min(factor ⌈ln(1 + Lq)⌉, Lq) (here: `queries`), and in its decoder uses cumsum
-whether or not a causal mask is given.
+(here: equal rows of sample), so that in self-attention U = Lk and both divisors agree; takes
+u = min(factor ⌈ln(1 + Lq)⌉, Lq) (here: `queries`); and in its decoder uses cumsum with or without a causal mask.
 """
 
 from __future__ import annotations
