@@ -149,7 +149,8 @@ def reference(spec: Informer, x: Mapping[str, Any], state: Any = None) -> dict[s
     chosen = np.zeros(measure.shape, bool)
     np.put_along_axis(chosen, indices, True, -1)
 
-    attended = sdpa.reference(SDPA(causal=spec.causal and "top_left", scale=spec.scale), {"q": q, "k": k, "v": v})
+    exact = SDPA(causal=spec.causal and "top_left", scale=spec.scale)
+    attended = sdpa.reference(exact, {"q": q, "k": k, "v": v, "mask": chosen[..., None]})
     rest = lazily(spec, v, lq)
     groups, width = rest.shape[1], rest.shape[-1]
     rest = broadcast(reshape(rest, (batch, groups, 1, lq, width)), (batch, groups, heads // groups, lq, width))
