@@ -125,7 +125,8 @@ def listed() -> Iterator[Case]:
         spec=Skeinformer(),
         sizes=sketch(1, 4, (4, 513), (2, 1), (4, 3)),
         inputs={
-            "q": edited(Recipe(exp2=-4), scaled((None, None, 2, None), 16.0)),
+            # Not the pilot's row: squares of weights that small underflow in float32, and their roots have no bound.
+            "q": edited(NORMAL, scaled((None, None, (0, 2, 3), None), 64.0)),
             "pilot": indices(1),
             "columns": indices(0, 127, 128, 512, 5, 255, 256, 511),
         },
