@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from refattn import errors
+from refattn import draws, errors
 from refattn.api import attention, evaluate, explain, vjp
 from refattn.registry import class_named, spec, variants
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from refattn.variants.sdpa import SDPA as SDPA
     from refattn.variants.t5 import T5 as T5
 
-__all__ = ["attention", "errors", "evaluate", "explain", "spec", "variants", "vjp"]
+__all__ = ["attention", "draws", "errors", "evaluate", "explain", "spec", "variants", "vjp"]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,7 @@ SPECS = {info.name: info.example for info in ra.variants().values()} | {
     "half": ra.SDPA(bias=ra.ALiBi(direction="half")),
     "axial": ra.Axial(width=1),
     "mixtures of a head": ra.Linformer(sharing="kv", heads="per_head"),
+    "columns of exact sums": ra.Skeinformer(normalisation="none", reuse_pilot=False),
     "chosen queries, causal": ra.Informer(causal=True, lazy="cumsum", measure="lse_mean", divisor="samples", factor=1),
 }
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2)

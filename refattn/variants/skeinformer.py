@@ -4,16 +4,16 @@ r"""Skeinformer: attention of every query to a few drawn keys, the others taken 
     γ[h,i] = (Π_S exp a_ij)^(1/d) = exp(mean_S a_ij)
     out[h,i] = (Σ_S exp(a_ij) v[g,j] + γ_i Σ_not S v[g,j]) / (Σ_S exp(a_ij) + (n − d) γ_i)
 
-q (B,Hq,Lq,D); k (B,Hkv,Lk,D); v (B,Hkv,Lk,Dv). columns (B,Hq,C), drawn outside: read as a set, so that a key named twice
-counts once and a shorter set is written by repeating one of its keys. pilot (B,P): query rows drawn with replacement,
-the same for all heads of a sequence; with reuse_pilot=True they get their exact attention, which has been computed
-anyway for the column scores
+q (B,Hq,Lq,D); k (B,Hkv,Lk,D); v (B,Hkv,Lk,Dv). columns (B,Hq,C), drawn outside: read as a set, so that a key named
+twice counts once and a shorter set is written by repeating one of its keys. pilot (B,P): query rows drawn with
+replacement, the same for all heads of a sequence. Their exact rows give the scores by which the columns are to be drawn
 
-    column_scores[h,j] = √(Σ_p B[h,pilot_p,j]²) ‖v[g,j]‖,     B = softmax of a over all n keys: a row drawn twice counts twice
+    column_scores[h,j] = √(Σ_p B[h,pilot_p,j]²) ‖v[g,j]‖,     B = softmax of a over all n keys
 
-by which the columns ought to be drawn, without replacement, each step in proportion (`refattn.draws.columns`); so
-evaluate once for the scores, draw, evaluate again. The scores are an output like out and have gradients, but for those
-of a value of 0, where √ has none; that columns hang on them has not.
+without replacement, each in proportion to what is left (`refattn.draws.columns`): evaluate once for the scores, draw,
+evaluate again. A row drawn twice counts twice. With reuse_pilot=True the pilot's queries keep those exact rows.
+The scores are an output like out and have gradients, save for a value of norm 0, where √ has none; that the columns
+were drawn by them has no gradient.
 
 normalisation="adaptive" is the formula above: the softmax of a with the mean of the drawn logits in the place of each
 logit that was not drawn. "simple": the softmax over S alone. "none": Σ_S exp(a_ij) v_j over the exact Σ_j exp(a_ij) of

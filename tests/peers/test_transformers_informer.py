@@ -1,4 +1,4 @@
-"""Informer's attention as transformers computes it: its sample, its counts, its cumsum, by the options that name them."""
+"""Informer's attention as transformers computes it, its sample, counts and sums by the options that name them."""
 
 import math
 
