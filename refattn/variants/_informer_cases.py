@@ -113,9 +113,9 @@ def listed() -> Iterator[Case]:
         catches="anything but exact attention, where u is Lq; a margin that is not 0",
     )
     yield Case(
-        name="informer/queries_129",
+        name="informer/queries_257",
         spec=Informer(factor=1),
-        sizes=measured(5, (129, 33), (1, 1), (4, 4)),
+        sizes=measured(5, (257, 33), (1, 1), (4, 4)),
         inputs={"sample": keys(33)},
         catches="a choice made tile by tile of the queries instead of over all of them",
     )

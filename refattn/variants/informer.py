@@ -19,9 +19,9 @@ indices (B,Hq,u): the chosen queries, the largest M first, of equals the lowest 
 minus the largest not chosen, 0 where all or none are chosen. A kernel may choose otherwise than this text only where
 its error in M reaches the margin. Gradients: the choice is constant; margin itself has the gradient of its products.
 
-Source: Zhou et al., arXiv 2012.07436, section 3: equations 2 (lse_mean) and 4 (max_mean), algorithm 1. Sampling, the
-divisor Lk and cumsum: the authors' code, github.com/zhouhaoyi/Informer2020, models/attn.py. Equation numbers are
-recalled, not looked up.
+Source: Zhou et al., arXiv 2012.07436, section 3: equations 2 (lse_mean) and 4 (max_mean), algorithm 1, numbers recalled
+and not looked up. Sampling, the divisor Lk and cumsum: the authors' code, github.com/zhouhaoyi/Informer2020 at 29f2a73,
+models/attn.py; given its draws, the numbers here are its own in float64 (compared once, for it is on no index).
 
 Differs from: transformers, which draws one sample of min(factor Lq ⌈ln(1 + Lk)⌉, Lk) keys for all queries together
 (here: equal rows of sample), so that in self-attention U = Lk and both divisors agree; takes
