@@ -219,6 +219,7 @@ def vjp(
     given, duals = _present("inputs", inputs), _present("cotangents", cotangents)
     problem = build(spec, _numpy(given), dtype, ("out",))
     shapes = {name: a.shape(problem.sizes) for name, a in problem.outputs.items()}
+    shapes = {name: shape for name, shape in shapes.items() if name not in problem.integer_outputs}
     weights = {name: to_numpy(c, f"d{name}") for name, c in duals.items()}
     if not weights:
         raise ShapeError(f"cotangents are empty: give that of at least one output of {shapes}")
@@ -334,8 +335,9 @@ def _engine(name: str, problem: Problem) -> Any:
 
 
 def _rounded(outputs: Outputs, problem: Problem, state_dtype: Any = None) -> Outputs:
-    """Each output rounded once: to the problem's dtype, lse to float64 or float32, a state to its own."""
+    """Each output rounded once: to the problem's dtype, lse to float64 or float32, a state to its own; or int64."""
     wide = np.dtype(np.float64 if problem.dtype == np.float64 else np.float32)
+    integers = problem.integer_outputs
 
     def rounded(name: str, array: Any) -> Any:
         dtype = wide if name == "lse" else problem.dtype
@@ -344,7 +346,7 @@ def _rounded(outputs: Outputs, problem: Problem, state_dtype: Any = None) -> Out
             # The caches of a float64 stream are not touched, so not copied.
             if dtype == array.dtype:
                 return array
-        return round_to(array, dtype)
+        return array.astype(np.int64) if name in integers else round_to(array, dtype)
 
     return Outputs({n: rounded(n, a) for n, a in outputs.items()}, outputs.status)
 

@@ -185,9 +185,9 @@ class Tape:
 
     def take(self, x: Any, indices: Any, axis: int) -> Any:
         """An entry read several times sums its cotangents."""
-        hits = (np.arange(x.shape[axis])[:, None] == np.asarray(indices).reshape(-1)).astype(np.int64)
 
         def back(g: Any) -> Any:
+            hits = (np.arange(x.shape[axis])[:, None] == np.asarray(indices).reshape(-1)).astype(np.int64)
             order = [axis] + [i for i in range(x.ndim) if i != axis]
             rest = tuple(x.shape[i] for i in order[1:])
             flat = numeric.reshape(numeric.transpose(g, order), (hits.shape[1], int(np.prod(rest))))

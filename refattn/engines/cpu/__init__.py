@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 def refuses(problem: Problem) -> str | None:
     """A sentence for a variant that does not lower to a Score plan, or None."""
     if problem.unplanned is not None:
-        return f"it runs plans, and {problem.unplanned}"
+        return problem.unplanned
     if not isinstance(problem.plan, Score):
         return f"the cpu engine runs Score plans, and {problem.spec.variant} lowers to {type(problem.plan).__name__}"
     if problem.plan.relative or problem.plan.v_table:
