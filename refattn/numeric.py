@@ -45,6 +45,16 @@ def cos(x: Any) -> Any:
     return space_of(x).cos(x)
 
 
+def sin_pi(turns: Any, like: Any) -> Any:
+    """Sine of π times exact rationals, an array of Fractions, in the space of `like`; 0, 1 and −1 are exact."""
+    return space_of(like).sin_pi(turns)
+
+
+def cos_pi(turns: Any, like: Any) -> Any:
+    """Cosine of π times exact rationals, as `sin_pi`."""
+    return space_of(like).cos_pi(turns)
+
+
 def sqrt(x: Any) -> Any:
     """Square root of x ≥ 0; at 0 it has no derivative."""
     return space_of(x).sqrt(x)

@@ -44,9 +44,10 @@ def cases() -> list[Case]:
 
 def work(case: Case) -> float:
     """A case's rough cost, to start the longest first."""
-    size = case.sizes
-    rows = size["Lq"] if case.rows is None else len(case.rows.q)
-    return float(size["B"] * size["Hq"] * rows * size["Lk"] * (3 if "vjp" in case.want else 1))
+    spec, module = registry.whole(case.spec)
+    total, _ = module.operations(module.resolve(spec, case.sizes), case.sizes)
+    share = 1.0 if case.rows is None else len(case.rows.q) / case.sizes["Lq"]
+    return float(total * share * (3 if "vjp" in case.want else 1))
 
 
 def build_all(todo: Iterable[Case], processes: int | None = None) -> Iterator[tuple[Case, Built]]:
