@@ -17,7 +17,9 @@ from refattn.variants.perceiver import Perceiver
 
 FLAGS: Mapping[str, Flag] = {
     "perceiver": Flag("Latents that attend to an array, both projected, with the gradients of the projections."),
-    "perceiver_norm": Flag("Layer norm of latents and array before the projections, with its learned gains and biases."),
+    "perceiver_norm": Flag(
+        "Layer norm of latents and array before the projections, with its learned gains and biases."
+    ),
     "perceiver_features": Flag("Fourier features of the positions beside the array's channels."),
     "perceiver_inverted": Flag("Softmax over the latents, then weights that sum to 1 over the keys."),
     "perceiver_floor": Flag("A latent's weights divided by no less than a floor."),
@@ -50,15 +52,14 @@ def case_of(
     lengths: tuple[int, int],
     channels: tuple[int, int],
     widths: tuple[int, int] = (4, 4),
-    heads: int = 2,
-    batch: int = 1,
     *,
+    batch: int = 1,
     exp2: int = -9,
     inputs: Mapping[str, Recipe] | None = None,
     **rest: Any,
 ) -> Case:
-    """A case of (Lq, Lk), (E, C), (D, Dv); projections, and gains around 1, with a standard deviation of 256 · 2^exp2."""
-    sizes = {"B": batch, "Hq": heads, "Lq": lengths[0], "Lk": lengths[1], "E": channels[0], "C": channels[1]}
+    """A case of (Lq, Lk), (E, C), (D, Dv) and two heads; projections have a standard deviation of 256 · 2^exp2."""
+    sizes = {"B": batch, "Hq": 2, "Lq": lengths[0], "Lk": lengths[1], "E": channels[0], "C": channels[1]}
     sizes |= {"D": widths[0], "Dv": widths[1]} | ({} if spec.axes is None else {"F": channels[1] + spec.channels})
     made = {name: Recipe(exp2=exp2) for name in ("wq", "wk", "wv")}
     if spec.norm is not None:

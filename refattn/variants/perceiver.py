@@ -13,16 +13,16 @@ gains and biases of its own on either side: latent_gain, latent_bias (E) and arr
 inverted: the latents compete for each pixel, as the slots of slot attention do, and each latent's weights are then
 divided by their sum:
 
-    a_ij = exp(s_ij) / Σ_i' exp(s_i'j),     mass_i = Σ_j a_ij,     out_i = Σ_j a_ij v_j / max(mass_i, floor),   lse = log mass
+    a_ij = exp(s_ij) / Σ_i' exp(s_i'j),   mass_i = Σ_j a_ij,   out_i = Σ_j a_ij v_j / max(mass_i, floor),   lse = ln mass
 
 With floor 0 this is the softmax over j of s_ij − c_j, c_j the log-sum-exp of pixel j over the latents: attention with a
 bias for each key. What is masked is 0 before it is projected; latents that see nothing have out 0 and lse −∞.
 
-Source: Jaegle et al., arXiv 2103.03206, sections 3.1 and 3.2 (as recalled); order of the features, K = 6, μ = 10 and the
-inverted form: the package perceiver-pytorch; Locatello et al., arXiv 2006.15055 (slot attention, as recalled).
+Source: Jaegle et al., arXiv 2103.03206, sections 3.1 and 3.2 (as recalled); the order of the features, K = 6, μ = 10
+and the inverted form: the package perceiver-pytorch; Locatello et al., arXiv 2006.15055 (slot attention, as recalled).
 
-Differs from: perceiver-pytorch's inverted form, whose sum is at least 1e-8 (floor=1e-8), and its latents that see nothing
-otherwise, which it gives the mean of all values; transformers' Perceiver, whose features are p of every axis first,
+Differs from: perceiver-pytorch's inverted form, whose sum is at least 1e-8 (floor=1e-8), and its plain one, where a
+latent that sees nothing has the mean of all values; transformers' Perceiver, whose features are p of every axis first,
 then all sines, then all cosines, with μ the size of each axis; slot attention's code, which adds 1e-8 to each a_ij.
 """
 
@@ -211,7 +211,7 @@ def _axis(spec: Perceiver, size: int, like: Any) -> Any:
 
 
 def lower(spec: Perceiver, x: Mapping[str, Any], state: Any = None) -> Plan:
-    """Norms folded into the projections; inverted, the log-sum-exp over the latents as a bias, the floor as a weight."""
+    """Norms folded into the projections; inverted, a log-sum-exp over the latents as a bias, the floor as a weight."""
     batch, pixels = x["array"].shape[:2]
     mask = x.get("mask", np.ones((batch, pixels), bool))
     pieces = [where(mask[..., None], x["array"], 0)]
@@ -238,7 +238,7 @@ def lower(spec: Perceiver, x: Mapping[str, Any], state: Any = None) -> Plan:
 
 
 def _folded(spec: Perceiver, pieces: Sequence[Any], x: Mapping[str, Any], side: str, name: str) -> Any:
-    """W (LN rows) for rows in pieces: W' = gain W projects them, and their mean, less of which 1/σ is left, and bias."""
+    """W (LN rows), rows in pieces: (W' rows − mean Σ W') / σ + W bias, where W' = gain W."""
     edges = np.cumsum([0, *(piece.shape[-1] for piece in pieces)]).tolist()
 
     def projected(matrix: Any) -> Any:
