@@ -13,7 +13,7 @@ gains and biases of its own on either side: latent_gain, latent_bias (E) and arr
 inverted: the latents compete for each pixel, as the slots of slot attention do, and each latent's weights are then
 divided by their sum:
 
-    a_ij = exp(s_ij) / Σ_i' exp(s_i'j),   mass_i = Σ_j a_ij,   out_i = Σ_j a_ij v_j / max(mass_i, floor),   lse = ln mass
+    a_ij = exp(s_ij) / Σ_i' exp(s_i'j),   mass_i = Σ_j a_ij,   out_i = Σ_j a_ij v_j / max(mass_i, floor),  lse = ln mass
 
 With floor 0 this is the softmax over j of s_ij − c_j, c_j the log-sum-exp of pixel j over the latents: attention with a
 bias for each key. What is masked is 0 before it is projected; latents that see nothing have out 0 and lse −∞.
