@@ -13,7 +13,6 @@ Every operation is elementwise or a sum in index order, so the same bits come ou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -26,7 +25,7 @@ from refattn.exponential import EXP_ERROR, LOG_ERROR, exp64, log64
 from refattn.profiles import UNIT64, Profile
 from refattn.space import FLOAT64 as SPACE64
 from refattn.space import Bools, Integers, Value, contraction
-from refattn.trigonometric import CIRCULAR_ERROR, REACH, cos64, half_turns, sin64
+from refattn.trigonometric import CIRCULAR_ERROR, PI, REACH, cos64, half_turns, sin64
 
 Floats = NDArray[np.float64]
 
@@ -174,7 +173,7 @@ class BoundSpace:
 
     def _half_turns(self, turns: Any, ahead: int) -> Bounded:
         p, y = self.profile, half_turns(turns, ahead)
-        argument = np.asarray(turns, np.float64) * math.pi
+        argument = np.asarray(turns, np.float64) * PI
         e = np.minimum(4 * p.unit * np.abs(argument) * _SLACK + CIRCULAR_ERROR, 2.0)
         e = (e + p.circular * np.minimum(np.abs(y) + 2 * e, 1.0) + p.tiny) * _SLACK
         return Bounded(self, y, np.where(argument == 0, 0.0, e))

@@ -8,13 +8,10 @@ unproved number in.
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-from refattn.trigonometric import half_turns
 
 Bools = NDArray[np.bool_]
 Integers = NDArray[np.int64]
@@ -111,7 +108,6 @@ class Float64:
     add, sub, mul, div = np.add, np.subtract, np.multiply, np.true_divide
     exp, log, tanh, sin, cos, sqrt = np.exp, np.log, np.tanh, np.sin, np.cos, np.sqrt
     maximum, minimum = np.maximum, np.minimum
-    sin_pi, cos_pi = (staticmethod(partial(half_turns, ahead=ahead)) for ahead in (0, 1))
     finite = np.isfinite
     reshape, transpose, broadcast = staticmethod(np.reshape), staticmethod(np.transpose), staticmethod(np.broadcast_to)
     take, where, concatenate = staticmethod(np.take), staticmethod(np.where), staticmethod(np.concatenate)

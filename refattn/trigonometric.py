@@ -39,6 +39,7 @@ from refattn.exponential import horner
 
 CIRCULAR_ERROR = 2.0**-50
 REACH = 2.0**20
+PI = math.pi
 _HALF_PI = (
     float.fromhex("0x1.921fb544p+0"),
     float.fromhex("0x1.0b4611a6p-34"),
@@ -67,7 +68,7 @@ def half_turns(turns: Any, ahead: int) -> NDArray[np.float64]:
     turns = np.asarray(turns, object)
     nearest = [round(2 * t) for t in turns.flat]
     rests = [float(t - Fraction(n, 2)) for t, n in zip(turns.flat, nearest, strict=True)]
-    rest = np.asarray(rests, np.float64).reshape(turns.shape) * math.pi
+    rest = np.asarray(rests, np.float64).reshape(turns.shape) * PI
     quarter = np.asarray([(n + ahead) % 4 for n in nearest], np.int64).reshape(turns.shape)
     y = np.where(quarter & 1, cos64(rest), sin64(rest))
     return np.where(quarter & 2, -y, y)

@@ -30,11 +30,11 @@ import numpy as np
 
 from refattn.case import Case, Flag
 from refattn.errors import SpecError
-from refattn.numeric import concatenate, cos, einsum, real, reshape, take, total
+from refattn.numeric import concatenate, cos, einsum, exp, log, real, reshape, sin, take, total
 from refattn.plan import Bias, Table
 from refattn.spec import Array, Spec
+from refattn.variants._frequencies import frequencies
 from refattn.variants._place import Place
-from refattn.variants._sinusoid import circle, frequencies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def resolve(spec: Sandwich, sizes: Mapping[str, int]) -> Sandwich:
 def term(spec: Sandwich, x: Mapping[str, Any], at: Place) -> tuple[Any, None]:
     """The sum of cosines, once for every difference that occurs, over each head's ratio."""
     q, heads = x["q"], at.heads
-    w = frequencies(10000, 2 * np.array(spec.indices), spec.dimension, q)
+    w = frequencies(10000, spec.indices, spec.dimension, q)
     distance = at.i - at.j
     different, index = np.unique(distance, return_inverse=True)
     curve = total(cos(reshape(real(different, q), (different.size, 1)) * w), -1)
@@ -79,7 +79,9 @@ def term(spec: Sandwich, x: Mapping[str, Any], at: Place) -> tuple[Any, None]:
 
 def embedding(spec: Sandwich, positions: Any, like: Any) -> Any:
     """Sinusoidal embeddings (n, d̄): the cosines, then the sines, of p / 10^(8t/d̄)."""
-    return concatenate(circle(positions, 10, 8 * np.array(spec.indices), spec.dimension, like), -1)
+    p = reshape(real(positions, like), (len(positions), 1))
+    angles = p / exp(log(real(10, like)) * real(8 * np.array(spec.indices), like) / spec.dimension)
+    return concatenate([cos(angles), sin(angles)], -1)
 
 
 def lower_term(spec: Sandwich, x: Mapping[str, Any], at: Place) -> tuple[Bias, ...]:

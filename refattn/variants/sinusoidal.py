@@ -33,11 +33,11 @@ import numpy as np
 from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
-from refattn.numeric import concatenate, cos, einsum, real, reshape, sin, sqrt, stored, take
+from refattn.numeric import concatenate, cos, einsum, exp, log, real, reshape, sin, sqrt, stored, take
 from refattn.plan import Score
 from refattn.spec import Array, Spec, dyadic
 from refattn.variants import sdpa
-from refattn.variants._sinusoid import circle, frequencies
+from refattn.variants._frequencies import frequencies
 from refattn.variants.sdpa import SDPA
 
 # Positions within this are exact in float64.
@@ -124,8 +124,8 @@ def reference(spec: Sinusoidal, x: Mapping[str, Any], state: Any = None) -> dict
 
 def table(spec: Sinusoidal, length: int, width: int, like: Any) -> Any:
     """P (length, width) of the positions from `offset` on, in the space of `like`."""
-    numerators, denominator = _exponents(spec, width)
-    w, sines = frequencies(spec.base, numerators, denominator, like), len(numerators)
+    sines, denominator = _exponents(spec, width)
+    w = frequencies(spec.base, range(sines), denominator, like)
     angles = reshape(real(spec.offset + np.arange(length), like), (length, 1)) * w
     if spec.layout == "concatenated":
         columns = concatenate([sin(angles), cos(angles)[:, : width // 2]], -1)
@@ -136,11 +136,11 @@ def table(spec: Sinusoidal, length: int, width: int, like: Any) -> Any:
     return columns if not missing else concatenate([columns, real(np.zeros((length, missing)), like)], -1)
 
 
-def _exponents(spec: Sinusoidal, width: int) -> tuple[Any, int]:
-    """Numerators of the exponents, one a sine, and what they are divided by."""
+def _exponents(spec: Sinusoidal, width: int) -> tuple[int, int]:
+    """How many sines there are, and d of their exponents −2i/d."""
     if spec.denominator == "half":
-        return 2 * np.arange((width + 1) // 2), max(width, 1)
-    return np.arange(width // 2), max(width // 2 - 1, 1)
+        return (width + 1) // 2, max(width, 1)
+    return width // 2, 2 * max(width // 2 - 1, 1)
 
 
 def _multiplied(spec: Sinusoidal, x: Any) -> Any:
@@ -152,20 +152,21 @@ def _multiplied(spec: Sinusoidal, x: Any) -> Any:
 def lower(spec: Sinusoidal, x: Mapping[str, Any], state: Any = None) -> Score:
     """Inputs and positions projected apart, and their projections added: W (m x + P) = m W x + W P."""
     batch, length, width = x["x"].shape
-    numerators, denominator = _exponents(spec, width)
-    n, at = len(numerators), np.arange(length)
-    cosines, sines = circle(spec.offset + at, spec.base, numerators, denominator, x["x"])
+    n, denominator = _exponents(spec, width)
+    at, like = np.arange(length), x["x"]
+    wavelengths = exp(log(real(spec.base, like)) * real(2 * np.arange(n), like) / denominator)
+    angles = reshape(real(spec.offset + at, like), (length, 1)) / wavelengths
     column = np.arange(width)
     odd, i = (column % 2, column // 2) if spec.layout == "interleaved" else (column >= n, column - n * (column >= n))
     # The functions side by side, then 0: each column of P is one of these.
-    choices = concatenate([sines, cosines, real(np.zeros((length, 1)), x["x"])], -1)
+    choices = concatenate([sin(angles), cos(angles), real(np.zeros((length, 1)), like)], -1)
     places = take(choices, np.where(i < n, i + n * odd, 2 * n), 1)
-    factor = 1 if spec.multiplier is None else real(width if spec.multiplier == "sqrt" else spec.multiplier, x["x"])
+    factor = 1 if spec.multiplier is None else real(width if spec.multiplier == "sqrt" else spec.multiplier, like)
     factor = sqrt(factor) if spec.multiplier == "sqrt" else factor
 
     def projected(name: str) -> Any:
         matrix = x[name]
-        return einsum("ble,hed->bhld", x["x"], matrix) * factor + einsum("le,hed->hld", places, matrix)
+        return einsum("ble,hed->bhld", like, matrix) * factor + einsum("le,hed->hld", places, matrix)
 
     full = np.full(batch, length)
     return Score(
