@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn.space import Bools, Integers, apply, space_of
+from refattn.trigonometric import half_turns
 
 
 def real(value: Any, like: Any) -> Any:
@@ -52,6 +53,18 @@ def sin(x: Any) -> Any:
 def cos(x: Any) -> Any:
     """Cosine of x in radians."""
     return space_of(x).cos(x)
+
+
+def sin_pi(turns: Any, like: Any) -> Any:
+    """Sine of π times exact rationals, an array of Fractions, in the space of `like`; 0, 1 and −1 are exact."""
+    space = space_of(like)
+    return space.sin_pi(turns) if hasattr(space, "sin_pi") else half_turns(turns, 0)
+
+
+def cos_pi(turns: Any, like: Any) -> Any:
+    """Cosine of π times exact rationals, as `sin_pi`."""
+    space = space_of(like)
+    return space.cos_pi(turns) if hasattr(space, "cos_pi") else half_turns(turns, 1)
 
 
 def sqrt(x: Any) -> Any:
