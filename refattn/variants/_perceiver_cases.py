@@ -196,3 +196,22 @@ def listed() -> Iterator[Case]:
         dtype="float64",
         catches="features in float32 beside double-precision scores",
     )
+    yield case_of(
+        "array_1025",
+        Perceiver(),
+        (3, 1025),
+        (3, 2),
+        (2, 2),
+        dtype="bfloat16",
+        exp2=-7,
+        catches="an array cut to whole tiles, or a mean over 1025 elements in 16 bits",
+    )
+    yield case_of(
+        "features_of_300",
+        Perceiver(axes=(300,), bands=2, max_frequency=40.0),
+        (4, 300),
+        (3, 2),
+        (2, 2),
+        exp2=-7,
+        catches="positions 2/300 apart instead of 2/299, or without the last one",
+    )

@@ -154,3 +154,19 @@ def listed() -> Iterator[Case]:
         inputs=weights(),
         catches="a table in float32 beside double-precision scores",
     )
+    yield Case(
+        name="sinusoidal/tokens_300",
+        spec=Sinusoidal(causal=True),
+        sizes=sizes(300, 4, (1, 1), (2, 2)),
+        dtype="bfloat16",
+        inputs=weights(-8),
+        catches="positions in bfloat16, in which 256 and 257 are one number",
+    )
+    yield Case(
+        name="sinusoidal/concatenated_257",
+        spec=Sinusoidal(layout="concatenated", denominator="half_minus_one"),
+        sizes=sizes(257, 6, (2, 1), (2, 2)),
+        dtype="float16",
+        inputs=weights(-8),
+        catches="the slowest wavelength of the other denominator, which 256 positions tell apart",
+    )
