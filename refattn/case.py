@@ -82,8 +82,8 @@ class Case:
     """One golden problem: spec, sizes and recipes.
 
     `inputs` names the arrays that are not NORMAL and the optional arrays that are present; `cotangents` the same for
-    dout and dlse; `want` says which of out,
-    lse and vjp are published; `flags` name what the case exercises, `catches` the mistake it is there to catch.
+    dout and, where it has one, d<name> of another output; `want` says which outputs are published, and, by vjp, that
+    gradients are; `flags` name what the case exercises, `catches` the mistake it is there to catch.
     """
 
     name: str

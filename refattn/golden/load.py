@@ -65,7 +65,8 @@ class Golden:
         """The problem as recipes."""
         given = {n: _recipe(entry["recipe"]) for n, entry in self.manifest["inputs"].items()}
         duals = {f"d{n}": _recipe(entry["recipe"]) for n, entry in self.manifest["cotangents"].items()}
-        want = ("out", "lse", "vjp") if duals else ("out", "lse")
+        outputs = tuple(n for n in self.manifest["outputs"] if not n.startswith("d"))
+        want = (*outputs, "vjp") if duals else outputs
         return Case(
             name=self.name,
             spec=self.spec,

@@ -16,6 +16,7 @@ from refattn.errors import SpecError, Unsupported
 from refattn.golden.inputs import resolved
 from refattn.golden.load import Golden
 from refattn.plan import Bias, Dense, Score, Slope
+from refattn.spec import Spec
 
 _PASSED_AS_THEY_ARE = ("mask", "sink", "q_lengths", "kv_lengths", "q_positions", "k_positions")
 
@@ -116,7 +117,8 @@ def _offer_by_name(golden: Golden, arrays: Mapping[str, Any], takes: Declared) -
     **options is not enough: q, k and v mean plain attention to whoever does not know the variant.
     """
     spec: Any = golden.spec
-    options = {f.name: getattr(spec, f.name) for f in fields(spec) if getattr(spec, f.name) != f.default}
+    given = {f.name: getattr(spec, f.name) for f in fields(spec) if getattr(spec, f.name) != f.default}
+    options = {name: _plain_options(value) if isinstance(value, Spec) else value for name, value in given.items()}
     if options.get("scale") == sqrt_reciprocal(golden.sizes["D"]):
         del options["scale"]
     missing = [name for name in (*arrays, *options) if name not in takes.names]

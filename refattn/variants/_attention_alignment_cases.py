@@ -1,0 +1,5 @@
+"""Golden cases of attention alignment."""
+from refattn.case import Flag
+FLAGS = {}
+def cases():
+    return iter(())
