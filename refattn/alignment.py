@@ -2,8 +2,8 @@ r"""The temperature at which a longer context is attended to as sharply as a sho
 
     mean over rows of max_j p_ij(tau) = target,     or     mean over rows of −Σ_j p_ij ln p_ij = target
 
-p(tau) = softmax_j(l_ij / tau), as `refattn.AttentionAlignment` has it; the target is the same mean at the training length
-with tau = 1. With tau the entropy of a row never falls and its largest weight never rises,
+p(tau) = softmax_j(l_ij / tau), as `refattn.AttentionAlignment` has it; the target is the same mean at the training
+length with tau = 1. With tau the entropy of a row never falls and its largest weight never rises,
 
     d entropy / d tau = Var_p(l) / tau³,     d ln max p / d tau = (E_p l − max l) / tau²,
 
@@ -157,11 +157,10 @@ def _of_spec(spec: Any, arrays: Any) -> tuple[_Rows, Floats]:
     layers = [arrays] if isinstance(arrays, Mapping) else arrays
     if not isinstance(layers, Sequence) or not layers or not all(isinstance(x, Mapping) for x in layers):
         raise ShapeError(f"arrays is a mapping, or a sequence with one for each layer; given: {type(arrays).__name__}")
-    heads = {np.shape(x.get("q"))[1:2] for x in layers}
-    if len(heads) > 1 or heads == {()}:
-        raise ShapeError(f"every layer has a q (B,Hq,Lq,D) of as many heads; given: {[np.shape(x.get('q')) for x in layers]}")
-    (one,) = heads
-    held = np.stack([np.asarray(x.get("temperature", np.ones(one)), np.float64) for x in layers])
+    queries = [np.shape(x.get("q", ())) for x in layers]
+    if len(set(queries)) > 1 or len(queries[0]) != 4:
+        raise ShapeError(f"every layer has a q (B,Hq,Lq,D) of the same shape; given: {queries}")
+    held = np.stack([np.asarray(x.get("temperature", np.ones(queries[0][1])), np.float64) for x in layers])
 
     def rows(tau: Floats) -> Statistics:
         found = [_evaluated(spec, {**x, "temperature": t}) for x, t in zip(layers, tau, strict=True)]

@@ -21,7 +21,8 @@ def call(fn: Callable[..., Any], takes: Declared, offer: Offer, duals: Duals, ar
     """Run fn on a case; `duals` are the cotangents of its outputs, full size.
 
     Gradients come from fn where it returns them (a parameter `dout`, and `dlse` where lse has a cotangent, receives
-    what they are gradients for; those of part of the cotangents are not compared), else from the framework's own differentiation.
+    what they are gradients for; without all of these they are not compared), else from the framework's own
+    differentiation.
     """
     arguments = dict(offer.arguments)
     if "dout" in takes.names and duals:

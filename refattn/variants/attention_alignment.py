@@ -56,6 +56,8 @@ from refattn.variants._place import place, visible
 from refattn.variants.sdpa import SDPA
 from refattn.variants.t5 import T5
 
+_T5 = T5()
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionAlignment(Spec):
@@ -65,7 +67,7 @@ class AttentionAlignment(Spec):
     SDPA's. scale: 1, as T5; None is D^-1/2.
     """
 
-    bias: Spec | None = T5()
+    bias: Spec | None = _T5
     divide: Literal["logits", "scores"] = "logits"
     causal: bool | Literal["top_left", "bottom_right"] = False
     scale: float | None = 1.0

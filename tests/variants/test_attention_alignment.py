@@ -50,6 +50,11 @@ def built(spec, x):
     return api.build(spec, x, "float64", ("out",))
 
 
+def two(duals):
+    """The cotangents that kernels take."""
+    return duals["out"], duals["lse"]
+
+
 def one_head(**rows):
     return {name: np.array(values, float).reshape(1, 1, -1, 1) for name, values in rows.items()}
 
@@ -153,9 +158,11 @@ def test_against_plain_loops(divide, lengths, rng):
     expected["entropy"] = -np.array([math.fsum(w * math.log(w) for w in row if w) for row in p.reshape(-1, 7)])
     expected["entropy"] = expected["entropy"].reshape(3, 4, 5)
     expected["dq"] = plain["dq"] / tau[:, None, None]
-    scores = plain["dq"] * np.array(q)
-    rest = 0 if divide == "scores" else plain["dbias"] * np.vectorize(bias)(*np.indices(logits.shape))
-    expected["dtemperature"] = -(scores.sum((0, 2, 3)) + np.sum(rest, axis=(0, 2, 3) if divide == "logits" else None)) / tau
+    # d l / d tau = −l / tau, of that part of the logit which is divided.
+    divided = (plain["dq"] * np.array(q)).sum((0, 2, 3))
+    if divide == "logits":
+        divided += (plain["dbias"] * np.vectorize(bias)(*np.indices(logits.shape))).sum((0, 2, 3))
+    expected["dtemperature"] = -divided / tau
     buckets = np.vectorize(lambda b, i, j: bucket(j - i - (n[b] - 5)))(*np.indices((3, 5, 7)))
     expected["dt5_table"] = np.stack(
         [(plain["dbias"] * (buckets == m)[:, None]).sum((0, 2, 3)) / share for m in range(8)]
@@ -171,10 +178,10 @@ def test_against_plain_loops(divide, lengths, rng):
 @EVERY
 def test_at_temperature_1_it_is_attention_without_a_scale(spec, rng):
     x, duals = arrays(spec, rng)
-    bias = () if spec.bias is None else (spec.bias,)
-    plain = {name: a for name, a in x.items() if name != "temperature"}
-    expected = forward_and_gradients(ra.SDPA(scale=1.0, bias=bias, causal=spec.causal), plain, duals["out"], duals["lse"])
-    found = forward_and_gradients(spec, x | {"temperature": np.ones(4)}, duals["out"], duals["lse"])
+    plain = ra.SDPA(scale=1.0, bias=() if spec.bias is None else (spec.bias,), causal=spec.causal)
+    x["temperature"] = np.ones(4)
+    found = forward_and_gradients(spec, x, *two(duals))
+    expected = forward_and_gradients(plain, {n: a for n, a in x.items() if n != "temperature"}, *two(duals))
     for name, value in expected.items():
         near(found[name], value, 1e-11)
 
@@ -185,10 +192,6 @@ def test_a_temperature_of_4_is_a_scale_of_a_quarter_where_nothing_is_biased(rng)
     plain = {name: x[name] for name in "qkv"}
     for name, value in forward_and_gradients(ra.SDPA(scale=0.25), plain, *two(duals)).items():
         near(hot[name], value)
-
-
-def two(duals):
-    return duals["out"], duals["lse"]
 
 
 @DIVIDE
