@@ -243,6 +243,17 @@ def test_a_nan_in_a_key_reaches_the_rows_that_see_it_and_no_others(rng):
         assert (np.isnan(dq).any(-1) == hit).all(), name
 
 
+def test_a_nan_in_a_query_stays_in_its_row(rng):
+    x, _ = arrays(ra.AttentionAlignment(), rng)
+    expected = ra.evaluate(ra.AttentionAlignment(), x, want=ALL)
+    x["q"][1, 2, 3, 0] = np.nan
+    hit = np.zeros((3, 4, 5), bool)
+    hit[1, 2, 3] = True
+    for name, value in ra.evaluate(ra.AttentionAlignment(), x, want=ALL).items():
+        assert np.isnan(value[hit]).all(), name
+        near(value[~hit], expected[name][~hit], 0)
+
+
 def test_what_is_padded_is_never_read(rng):
     spec = ra.AttentionAlignment()
     x, duals = arrays(spec, rng, (7, 0, 3))
