@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from refattn import errors
-from refattn.api import attention, evaluate, explain, vjp
+from refattn import draws, errors
+from refattn.api import attention, evaluate, explain, init_state, load_state, step, vjp
 from refattn.registry import class_named, spec, variants
+from refattn.state import State
 
 if TYPE_CHECKING:
     from refattn.variants.alibi import ALiBi as ALiBi
@@ -16,7 +17,20 @@ if TYPE_CHECKING:
     from refattn.variants.sdpa import SDPA as SDPA
     from refattn.variants.t5 import T5 as T5
 
-__all__ = ["attention", "errors", "evaluate", "explain", "spec", "variants", "vjp"]
+__all__ = [
+    "State",
+    "attention",
+    "draws",
+    "errors",
+    "evaluate",
+    "explain",
+    "init_state",
+    "load_state",
+    "spec",
+    "step",
+    "variants",
+    "vjp",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,8 +14,10 @@ from refattn import registry
 from refattn.arrays import from_numpy, to_numpy
 from refattn.dtypes import format_of, round_to
 from refattn.errors import DTypeError, ShapeError, SpecError, Unsupported
-from refattn.problem import Problem, check, is_kind
+from refattn.problem import Problem, check, is_kind, state_arrays
 from refattn.spec import Outputs, Spec, describe
+from refattn.state import State
+from refattn.state import read as read_state
 
 
 def attention(
@@ -59,7 +61,7 @@ def attention(
     scale, softcap : float
         Default scale D^-1/2; softcap c replaces a logit s by c tanh(s/c), before bias and mask.
     rotary : Spec
-        A term that turns q and k, such as `refattn.RoPE(pairing="half")`.
+        A term that turns q and k by their positions, such as `refattn.RoPE(pairing="half")`.
     bias : array, Spec, or a sequence of Specs with at most one array
         An array broadcastable to (B,Hq,Lq,Lk) is added to the logits, −∞ masks; a Spec such as `refattn.ALiBi()`
         is a bias given by its formula.
@@ -74,7 +76,7 @@ def attention(
     q_lengths, kv_lengths : (B,) integers
         Lengths of padded sequences; what lies beyond is never read.
     q_positions, k_positions : (B,L) integers
-        Where queries and keys stand, for causality, windows and biases by distance.
+        Where queries and keys stand, for causality, windows, biases by distance and rotations.
     keep : (boolean mask, probability)
         Dropout as given: weights where True are divided by the probability, others are 0.
     dtype : result's dtype
@@ -93,6 +95,16 @@ def attention(
     Unsupported
         The engine does not take this problem; the message says why.
 
+    Examples
+    --------
+    Rotated halves, as Llama has them, and two key heads of which each serves two query heads:
+
+    >>> import numpy as np
+    >>> import refattn as ra
+    >>> q, k, v = np.ones((1, 4, 6, 8)), np.ones((1, 2, 6, 8)), np.ones((1, 2, 6, 8))
+    >>> ra.attention(q, k, v, causal=True, rotary=ra.RoPE(pairing="half")).shape
+    (1, 4, 6, 8)
+
     Source: arXiv 1706.03762, equation 1.
     """
     given = {"q": q, "k": k, "v": v, "mask": mask, "sink": sink, "q_lengths": q_lengths, "kv_lengths": kv_lengths}
@@ -110,7 +122,8 @@ def attention(
     packing = _numpy({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
     arrays, q_at = layouts.inward(_numpy(given), layout, **packing)
     options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "keep_probability": probability}
-    out = _run(registry.spec("sdpa", rotary=rotary, bias=terms, **options), arrays, engine, dtype, ("out",))["out"]
+    whole = registry.spec("sdpa", rotary=rotary, bias=terms, **options)
+    out = _run(build(whole, arrays, dtype, ("out",)), engine)["out"]
     return from_numpy(np.ascontiguousarray(layouts.outward(out, layout, q_at)), q)
 
 
@@ -125,12 +138,69 @@ def evaluate(
     """Outputs of a variant: `want` names them ("out", "lse", ...); arrays of the kind and dtype of the first input.
 
     lse is natural, of the final logits, sink included: float64 for float64 input, else float32. The certified engine
-    adds `status`, a code per element. Raises as `attention`.
+    adds `status`, a code per element. A streaming variant offers "state" too, the `State` after the last token; `step`
+    goes on from it. Raises as `attention`.
     """
-    given = _present("inputs", inputs)
-    results = _run(spec, _numpy(given), engine, dtype, _names("want", want))
-    like = next(iter(given.values()), None)
-    return Outputs({name: from_numpy(a, like) for name, a in results.items()}, results.status)
+    given, names = _present("inputs", inputs), _names("want", want)
+    problem = build(spec, _numpy(given), dtype, names)
+    return _collected(_run(problem, engine), problem, names, next(iter(given.values()), None))
+
+
+def init_state(spec: Spec, *, dtype: Any = "float64", **sizes: int) -> State:
+    """The state of a streaming variant before the first token: init_state(spec, B=2, Hkv=4, D=64, Dv=64).
+
+    Raises
+    ------
+    SpecError
+        The variant carries no state.
+    ShapeError
+        A size that its arrays have is missing, unknown or no integer from 0 on.
+    """
+    whole, module = _whole(spec)
+    carried = _carried(whole, module, 0)
+    needed = sorted({dim for array in carried.values() for dim in array.names})
+    if sorted(sizes) != needed or any(type(size) is not int or size < 0 for size in sizes.values()):
+        raise ShapeError(
+            f"init_state takes the sizes {', '.join(needed)}, integers from 0 on; given: {sizes or 'none'}. "
+            f"The state of {whole.variant} is\n{describe(carried)}"
+        )
+    numpy = format_of(dtype).numpy
+    return State(whole, 0, {name: np.zeros(array.shape(sizes), numpy) for name, array in carried.items()})
+
+
+def step(
+    spec: Spec,
+    state: State,
+    inputs: Mapping[str, Any],
+    *,
+    engine: str = "reference",
+    dtype: Any = None,
+    want: Sequence[str] = ("out",),
+) -> tuple[Outputs, State]:
+    """Outputs for the tokens that follow those of a state, and the state after them; the old one stays valid.
+
+    Any way of cutting a sequence into steps gives the same answer, to the rounding of the state's dtype, which the new
+    state has too. Raises as `attention`, and SpecError for a state of another variant or other options.
+    """
+    whole, module = _whole(spec)
+    if not isinstance(state, State):
+        raise SpecError(f"state is that of init_state or an earlier step; given: {type(state).__name__}")
+    carried = _carried(whole, module, state.length)
+    given, names = _present("inputs", inputs), _names("want", want)
+    arrays = _numpy(given)
+    sizes = check(module.signature(whole), arrays)
+    if type(state.spec) is not type(whole) or module.resolve(state.spec, sizes) != module.resolve(whole, sizes):
+        raise SpecError(f"this state is of {state.spec}, not of {whole}, whose state is\n{describe(carried)}")
+    arrays |= {f"state_{name}": array for name, array in state.items()}
+    problem = build(whole, arrays, dtype, (*names, "state"), state.length)
+    results = _run(problem, engine, next(iter(state.values())).dtype)
+    found = _collected(results, problem, (*names, "state"), next(iter(given.values()), None))
+    return Outputs({n: found[n] for n in names}, results.status), found["state"]
+
+
+def load_state(path: Any) -> State:
+    """The state that `State.save` wrote, bit for bit. Raises StorageError where the file holds none."""
+    return read_state(path, registry.spec_class)
 
 
 def vjp(
@@ -149,7 +219,8 @@ def vjp(
     """
     given, duals = _present("inputs", inputs), _present("cotangents", cotangents)
     problem = build(spec, _numpy(given), dtype, ("out",))
-    shapes = {name: a.shape(problem.sizes) for name, a in problem.variant.outputs(problem.spec).items()}
+    shapes = {name: a.shape(problem.sizes) for name, a in problem.outputs.items()}
+    shapes = {name: shape for name, shape in shapes.items() if name not in problem.integer_outputs}
     weights = {name: to_numpy(c, f"d{name}") for name, c in duals.items()}
     if not weights:
         raise ShapeError(f"cotangents are empty: give that of at least one output of {shapes}")
@@ -172,8 +243,9 @@ def vjp(
 
 
 def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dict[str, Any]:
-    """What a problem of these sizes is: resolved spec, signature, engines (None, or why not), plan, operations, memory.
+    """What a problem of these sizes is: resolved spec, signature, engines, plan, operations, memory.
 
+    Engines that take it have None, others the reason; a variant without a plan has the reason in its place.
     `sizes` are those of the signature: {"B": 1, "Hq": 8, "Hkv": 8, "Lq": 128, "Lk": 128, "D": 64, "Dv": 64}. The
     arrays that the spec requires are assumed, optional ones not.
     """
@@ -203,33 +275,57 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
         "spec": problem.spec,
         "signature": {name: str(a) for name, a in signature.items()},
         "engines": engines,
-        "plan": plans.describe(problem.plan),
+        "plan": problem.unplanned or plans.describe(problem.plan),
         "operations": told[0],
         "input_bytes": sum(a.nbytes for a in inputs.values()),
         "score_matrix_bytes": told[1],
     }
 
 
-def build(spec: Spec, arrays: Mapping[str, Any], dtype: Any, want: tuple[str, ...]) -> Problem:
-    """A checked Problem: shapes against the signature, options against the sizes."""
+def build(spec: Spec, arrays: Mapping[str, Any], dtype: Any, want: tuple[str, ...], length: int = 0) -> Problem:
+    """A checked Problem: shapes against the signature, options against the sizes.
+
+    `length` tokens have gone before; the arrays of the state after them stand among the others as state_<name>.
+    """
     whole, module = _whole(spec)
-    sizes = check(module.signature(whole), arrays)
+    given = state_arrays(module, whole, length) if any(name.startswith("state_") for name in arrays) else {}
+    sizes = check(module.signature(whole) | given, arrays)
     resolved = module.resolve(whole, sizes)
     if hasattr(module, "validate"):
         module.validate(resolved, arrays)
-    offered = module.outputs(resolved)
+    offered = [*module.outputs(resolved), *(["state"] if hasattr(module, "state") else [])]
     unknown = sorted(set(want) - set(offered))
     if unknown:
         raise SpecError(f"want names {unknown[0]!r}; {resolved.variant} offers {', '.join(offered)}")
     first = next(iter(module.signature(resolved)))
-    asked = format_of(arrays[first].dtype if dtype is None else dtype).numpy
-    return Problem(spec=resolved, variant=module, inputs=dict(arrays), sizes=sizes, dtype=np.dtype(asked), want=want)
+    asked = np.dtype(format_of(arrays[first].dtype if dtype is None else dtype).numpy)
+    inputs = dict(arrays)
+    return Problem(spec=resolved, variant=module, inputs=inputs, sizes=sizes, dtype=asked, want=want, length=length)
 
 
-def _run(spec: Spec, arrays: Mapping[str, Any], engine: str, dtype: Any, want: tuple[str, ...]) -> Outputs:
-    problem = build(spec, arrays, dtype, want)
+def _carried(spec: Spec, module: Any, length: int) -> dict[str, Any]:
+    """The arrays of a streaming variant's state by name."""
+    if not hasattr(module, "state"):
+        raise SpecError(f"{spec.variant} carries no state: call evaluate")
+    found: dict[str, Any] = module.state(spec, length)
+    return found
+
+
+def _run(problem: Problem, engine: str, state_dtype: Any = None) -> Outputs:
     found = _engine(engine, problem).run(problem)
-    return _rounded(Outputs({n: found[n] for n in want}, {n: s for n, s in found.status.items() if n in want}), problem)
+    carried = [n for n in found if n.startswith("state_")] if "state" in problem.want else []
+    names = [*(n for n in problem.want if n != "state"), *carried]
+    kept = Outputs({n: found[n] for n in names}, {n: s for n, s in found.status.items() if n in names})
+    return _rounded(kept, problem, state_dtype)
+
+
+def _collected(results: Outputs, problem: Problem, want: Sequence[str], like: Any) -> Outputs:
+    """Results in the caller's kind of array, those of the state as one State."""
+    arrays = {n: from_numpy(results[n], like) for n in want if n != "state"}
+    if "state" in want:
+        carried = {n.removeprefix("state_"): a for n, a in results.items() if n.startswith("state_")}
+        arrays["state"] = State(problem.spec, problem.length + problem.sizes.get("L", 0), carried)
+    return Outputs(arrays, results.status)
 
 
 def _engine(name: str, problem: Problem) -> Any:
@@ -240,12 +336,21 @@ def _engine(name: str, problem: Problem) -> Any:
     return engine
 
 
-def _rounded(outputs: Outputs, problem: Problem) -> Outputs:
-    """Each output rounded once: to the problem's dtype, lse to float64 or float32."""
+def _rounded(outputs: Outputs, problem: Problem, state_dtype: Any = None) -> Outputs:
+    """Each output rounded once: to the problem's dtype, lse to float64 or float32, a state to its own; or int64."""
     wide = np.dtype(np.float64 if problem.dtype == np.float64 else np.float32)
-    return Outputs(
-        {n: round_to(a, wide if n == "lse" else problem.dtype) for n, a in outputs.items()}, outputs.status
-    )
+    integers = problem.integer_outputs
+
+    def rounded(name: str, array: Any) -> Any:
+        dtype = wide if name == "lse" else problem.dtype
+        if name.startswith("state_") and state_dtype is not None:
+            dtype = state_dtype
+            # The caches of a float64 stream are not touched, so not copied.
+            if dtype == array.dtype:
+                return array
+        return array.astype(np.int64) if name in integers else round_to(array, dtype)
+
+    return Outputs({n: rounded(n, a) for n, a in outputs.items()}, outputs.status)
 
 
 def _whole(spec: Any) -> tuple[Spec, Any]:

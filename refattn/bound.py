@@ -13,7 +13,7 @@ Every operation is elementwise or a sum in index order, so the same bits come ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from refattn.errors import DTypeError, Undecided
 from refattn.exponential import EXP_ERROR, LOG_ERROR, exp64, log64
-from refattn.profiles import UNIT64, Profile
+from refattn.profiles import FLOAT64, UNIT64, Profile
 from refattn.space import FLOAT64 as SPACE64
 from refattn.space import Bools, Integers, Value, contraction
 from refattn.trigonometric import CIRCULAR_ERROR, REACH, cos64, sin64
@@ -78,6 +78,11 @@ class BoundSpace:
             held = x if p.unit <= UNIT64 else x.astype(np.float32).astype(np.float64)
         e = np.where(held == x, 0.0, np.abs(x) * p.unit)
         return Bounded(self, x, np.where(np.abs(x) < p.tiny, np.abs(x), e))
+
+    def constant(self, formula: Callable[[Any], Any]) -> Bounded:
+        """Evaluated in float64, whose own bound counts, and rounded once; exact where the format holds an exact one."""
+        own = formula(BoundSpace(FLOAT64).real(0))
+        return Bounded(self, own.x, np.where(own.e == 0, self.real(own.x).e, self._rounded(own.x, own.e)))
 
     def _rounded(self, x: Floats, e: Any) -> Floats:
         """The bound after one more rounding: the unit relative, or the underflow, or an overflow."""
@@ -305,6 +310,10 @@ class BoundSpace:
         top = np.max(np.where(live, x.x, -np.inf), axis=-1, keepdims=True, initial=-np.inf)
         top = np.where(np.isneginf(top), 0.0, top)
         return Bounded(self, top, self.profile.shift * self.profile.unit * np.abs(top))
+
+    def certain(self, x: Bounded, alone: Bools) -> Bools:
+        """None: a kernel's backward pass finds the weight from a score and a log-sum-exp, each rounded."""
+        return np.zeros(alone.shape, bool)
 
     def stored(self, x: Bounded, cotangent: bool) -> Bounded:
         """One rounding to the storage type; what is asked of the cotangent alone does nothing to the value.

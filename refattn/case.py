@@ -82,8 +82,9 @@ class Case:
     """One golden problem: spec, sizes and recipes.
 
     `inputs` names the arrays that are not NORMAL and the optional arrays that are present; `cotangents` the same for
-    dout and, where it has one, d<name> of another output; `want` says which outputs are published, and, by vjp, that
-    gradients are; `flags` name what the case exercises, `catches` the mistake it is there to catch.
+    dout and those of other outputs; `want` says which outputs are published, "state" for the arrays carried on, "vjp"
+    for gradients; `flags` name what the case exercises, `catches` the mistake it is there to catch. `history`: so many
+    tokens have gone before, and the arrays state_<name> after them are inputs too.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Case:
     want: tuple[str, ...] = ("out", "lse", "vjp")
     flags: tuple[str, ...] = ()
     rows: Rows | None = None
+    history: int = 0
     seed: int = 1
 
     def group(self) -> str:

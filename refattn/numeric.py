@@ -6,7 +6,7 @@ formula; other constants go through `real`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,15 @@ from refattn.space import Bools, Integers, apply, space_of
 def real(value: Any, like: Any) -> Any:
     """An exact number in the space of `like`: int, Fraction, a float as the dyadic it is, or an array of these."""
     return space_of(like).real(value)
+
+
+def constant(formula: Callable[[Any], Any], like: Any) -> Any:
+    """`formula(like)`, which no input enters: a kernel is handed the number, rounded once, and does not derive it.
+
+    The argument stands for `like` in every use of `real`.
+    """
+    space = space_of(like)
+    return space.constant(formula) if hasattr(space, "constant") else formula(like)
 
 
 def exp(x: Any) -> Any:
@@ -142,6 +151,14 @@ def concatenate(parts: Sequence[Any], axis: int) -> Any:
     return space.concatenate([space.coerce(part) for part in parts], axis)
 
 
+def extend(cache: Any, rows: Any, axis: int) -> Any:
+    """Rows behind a cache along an axis; on float64 they go into spare room, and nothing is copied."""
+    space = space_of(cache, rows)
+    if hasattr(space, "extend"):
+        return space.extend(space.coerce(cache), space.coerce(rows), axis)
+    return concatenate([cache, rows], axis)
+
+
 def total(x: Any, axis: int | tuple[int, ...], keepdims: bool = False) -> Any:
     """Sum over axes."""
     return space_of(x).sum(x, axis, keepdims)
@@ -183,6 +200,17 @@ def row_max(x: Any, live: Bools) -> Any:
     Only a shift that cancels: a wrong choice costs digits, never truth.
     """
     return space_of(x).row_max(x, live)
+
+
+def certain(x: Any, live: Bools) -> Bools:
+    """Rows with one live entry (kept axis), which a softmax weighs 1 whatever it is: exactly, and with no slope.
+
+    None where a kernel's roundings are bounded, for a kernel may recompute that weight as it does any other.
+    """
+    space = space_of(x)
+    alone = np.sum(live, -1, keepdims=True) == 1
+    found: Bools = space.certain(x, alone) if hasattr(space, "certain") else alone
+    return found
 
 
 def stop(x: Any) -> Any:
@@ -229,10 +257,11 @@ def softmax_attend(
         s = concatenate([s, broadcast(reshape(sink, (1, heads, 1, 1)), (batch, heads, lq, 1))], -1)
         columns = np.concatenate([live, np.ones((batch, heads, lq, 1), bool)], -1)
     empty, keyless = ~np.any(columns, -1), ~np.any(live, -1, keepdims=True)
-    m = row_max(s, columns)
-    p = where(columns, exp(where(columns, s - m, 0)), 0)
+    m, alone = row_max(s, columns), certain(s, columns)
+    p = where(columns, exp(where(columns & ~alone, s - m, 0)), 0)
     z = where(empty, 1, total(p, -1))
-    lse = where(empty, real(-np.inf, s), reshape(m, z.shape) + log(z))
+    lse = where(alone[..., 0], total(where(columns & alone, s, 0), -1), reshape(m, z.shape) + log(z))
+    lse = where(empty, real(-np.inf, s), lse)
     w = p[..., :lk] if sink is not None else p
     w = stored(w) if keep is None else stored(w) * keep
     if bad.any():

@@ -106,20 +106,58 @@ class Mix:
     weights: tuple[Any, ...]
 
 
-Plan = Score | Mix
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Merge:
+    """One softmax over the key sets of several plans, at most one of which has a sink.
 
-_REAL_LEAVES = ("q", "k", "v", "sink")
+    lse = log Σ exp(lse of a part); out = Σ exp(lse of the part − lse) · out of the part.
+    """
+
+    parts: tuple[Plan, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recurrent:
+    r"""A memory S (F,Dv) of each key head, read row by row and written where a segment of keys ends; it has no lse.
+
+        out_i = f_i S / (max(f_i·z, clamp) + add)      of the memory at the beginning of the row's segment
+        S' = A S + Σ_j g_j u_jᵀ,   z' = z + Σ_j g_j,   u_j = v_j, or by the delta rule v_j − what g_j reads of S
+
+    q (B,Hq,Lq,F) the features f; k (B,Hkv,Lk,F) the features g; v (B,Hkv,Lk,Dv); memory (B,Hkv,F,Dv) and weight
+    (B,Hkv,F), S and z at the beginning; transition (F,F) is A, None the identity. Key j is in segment j // segment; the
+    first Lk − Lq keys have no rows, row i stands at key Lk − Lq + i. Without weight no reading is divided. A divisor
+    of 0 reads 0. weighed: whether z is written on once it is no longer 0.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    memory: Any
+    weight: Any = None
+    transition: Any = None
+    segment: int
+    delta: bool = False
+    weighed: bool = True
+    clamp: float = 0.0
+    add: float = 0.0
+
+
+Plan = Score | Mix | Merge | Recurrent
+
+_REAL_LEAVES = {Score: ("q", "k", "v", "sink"), Recurrent: ("q", "k", "v", "memory", "weight", "transition")}
 
 
 def leaves(plan: Plan) -> dict[str, Any]:
     """The real-valued arrays of a plan by name: q, k, v, sink, bias.0, bias.1, ..., relative.0.rows, ..., v_table.0.
 
-    Of a Mix: those of part n under n.q, n.k, ..., and weight.0, weight.1, ...
+    Of a Mix or Merge: those of part n under n.q, n.k, ..., and weight.0, weight.1, ...
     """
-    if isinstance(plan, Mix):
+    if isinstance(plan, (Mix, Merge)):
         parts = {f"{n}.{name}": leaf for n, part in enumerate(plan.parts) for name, leaf in leaves(part).items()}
-        return parts | {f"weight.{n}": weight for n, weight in enumerate(plan.weights)}
-    found = {name: getattr(plan, name) for name in _REAL_LEAVES if getattr(plan, name) is not None}
+        return parts | {f"weight.{n}": weight for n, weight in enumerate(getattr(plan, "weights", ()))}
+    found = {name: getattr(plan, name) for name in _REAL_LEAVES[type(plan)] if getattr(plan, name) is not None}
+    if isinstance(plan, Recurrent):
+        return found
     found |= {f"bias.{n}": _values(bias) for n, bias in enumerate(plan.bias)}
     for n, relative in enumerate(plan.relative):
         found |= {f"relative.{n}.rows": relative.rows, f"relative.{n}.values": relative.values}
@@ -134,13 +172,22 @@ def map_leaves(plan: Score, change: Callable[[Any], Any]) -> Score: ...
 def map_leaves(plan: Mix, change: Callable[[Any], Any]) -> Mix: ...
 
 
+@overload
+def map_leaves(plan: Merge | Recurrent, change: Callable[[Any], Any]) -> Merge | Recurrent: ...
+
+
 def map_leaves(plan: Plan, change: Callable[[Any], Any]) -> Plan:
     """The same plan with every real-valued array replaced by change(array)."""
     if isinstance(plan, Mix):
         parts = tuple(map_leaves(part, change) for part in plan.parts)
         return replace(plan, parts=parts, weights=tuple(change(weight) for weight in plan.weights))
+    if isinstance(plan, Merge):
+        return replace(plan, parts=tuple(map_leaves(part, change) for part in plan.parts))
+    kept = _REAL_LEAVES[type(plan)]
+    named = {name: change(getattr(plan, name)) for name in kept if getattr(plan, name) is not None}
+    if isinstance(plan, Recurrent):
+        return replace(plan, **named)
     bias = tuple(replace(b, **{_field(b): change(_values(b))}) for b in plan.bias)
-    named = {name: change(getattr(plan, name)) for name in _REAL_LEAVES if getattr(plan, name) is not None}
     relative = tuple(replace(r, rows=change(r.rows), values=change(r.values)) for r in plan.relative)
     v_table = tuple(replace(table, values=change(table.values)) for table in plan.v_table)
     return replace(plan, bias=bias, relative=relative, v_table=v_table, **named)
@@ -155,10 +202,14 @@ def _values(bias: Bias) -> Any:
 
 
 def execute(plan: Plan) -> dict[str, Floats]:
-    """Out (B,Hq,Lq,Dv) and, but for a Mix, lse (B,Hq,Lq) of a plan in float64, row by row."""
+    """Out (B,Hq,Lq,Dv) and, but for a Mix and a Recurrent, lse (B,Hq,Lq) of a plan in float64, row by row."""
     if isinstance(plan, Mix):
         outs = [weight * execute(part)["out"] for part, weight in zip(plan.parts, plan.weights, strict=True)]
         return {"out": np.sum(outs, axis=0)}
+    if isinstance(plan, Merge):
+        return _merged([execute(part) for part in plan.parts])
+    if isinstance(plan, Recurrent):
+        return {"out": _recur(plan)}
     batch, heads, lq, _ = plan.q.shape
     groups, _, dv = plan.v.shape[1:]
     out, lse = np.zeros((batch, heads, lq, dv)), np.full((batch, heads, lq), -np.inf)
@@ -183,6 +234,41 @@ def execute(plan: Plan) -> dict[str, Floats]:
             values = sum((_row(table, plan, b, h, i)[seen] for table in plan.v_table), _or_nan(plan.v[b, g, seen]))
             out[b, h, i] = weight @ values
     return {"out": out, "lse": lse}
+
+
+def _merged(parts: list[dict[str, Floats]]) -> dict[str, Floats]:
+    lse = np.logaddexp.reduce([part["lse"] for part in parts], axis=0)
+    top = np.where(np.isneginf(lse), 0.0, lse)
+    outs = [np.where(np.isneginf(p["lse"]), 0.0, np.exp(p["lse"] - top))[..., None] * p["out"] for p in parts]
+    return {"out": np.sum(outs, axis=0), "lse": lse}
+
+
+def _recur(plan: Recurrent) -> Floats:
+    batch, heads, rows, _ = plan.q.shape
+    groups, keys, dv = plan.v.shape[1:]
+    out = np.zeros((batch, heads, rows, dv))
+    for b, g in np.ndindex(batch, groups):
+        k, v, s = plan.k[b, g], plan.v[b, g], plan.memory[b, g]
+        z = None if plan.weight is None else plan.weight[b, g]
+        for j in range(keys):
+            if j and j % plan.segment == 0:
+                past = slice(j - plan.segment, j)
+                written = v[past] - np.array([_read(plan, f, s, z) for f in k[past]]) if plan.delta else v[past]
+                kept = s if plan.transition is None else plan.transition @ s
+                s = kept + k[past].T @ written
+                z = z + k[past].sum(0) if z is not None and (plan.weighed or not z.any()) else z
+            i = j - (keys - rows)
+            for h in range(g * heads // groups, (g + 1) * heads // groups):
+                if i >= 0:
+                    out[b, h, i] = _read(plan, plan.q[b, h, i], s, z)
+    return out
+
+
+def _read(plan: Recurrent, f: Floats, s: Floats, z: Floats | None) -> Floats:
+    if z is None:
+        return f @ s
+    size = max(float(f @ z), plan.clamp) + plan.add
+    return np.zeros(s.shape[1]) if size == 0 else f @ s / size
 
 
 def _or_nan(array: Floats) -> Floats:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn.errors import DTypeError, ShapeError, Unsupported
+from refattn.numeric import real
 from refattn.plan import Plan, Score
 from refattn.spec import Array, Outputs, Spec, describe
 from refattn.tape import Tape
@@ -19,8 +20,11 @@ from refattn.tape import Tape
 class Variant(Protocol):
     """What a module in `refattn.variants` offers; the registry reads it, nothing subclasses it.
 
-    A module may also offer `validate(spec, x)`, which refuses what only the arrays together tell, `cases()`,
-    `restrict(spec, x, rows)` for the published rows of long cases, and `operations(spec, sizes)` for `explain`.
+    A streaming variant offers `state(spec, length)`, the arrays that it carries after so many tokens, and gives them
+    as "state" among its outputs; it is given them, with their "length", in the last argument. Its signature calls the
+    number of tokens L. A module may also offer `validate(spec, x)`, which refuses what only the arrays together tell,
+    `cases()`, `restrict(spec, x, rows)` for the published rows of long cases, and `operations(spec, sizes)` for
+    `explain`.
     """
 
     def signature(self, spec: Any) -> dict[str, Array]:
@@ -36,7 +40,7 @@ class Variant(Protocol):
         """The paper's formula, on whatever space the inputs are in."""
 
     def lower(self, spec: Any, x: Mapping[str, Any], state: Any = None) -> Plan:
-        """The same problem as a plan: a second derivation."""
+        """The same problem as a plan: a second derivation. A module without one has a sentence in its place."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,12 +53,24 @@ class Problem:
     sizes: Mapping[str, int]
     dtype: np.dtype[Any]
     want: tuple[str, ...] = ("out",)
+    length: int = 0
 
     @property
     def signature(self) -> dict[str, Array]:
-        """Arrays the spec takes."""
-        found: dict[str, Array] = self.variant.signature(self.spec)
-        return found
+        """Arrays the spec takes, those of its state as state_<name>."""
+        own: dict[str, Array] = self.variant.signature(self.spec)
+        return own | state_arrays(self.variant, self.spec, self.length)
+
+    @property
+    def outputs(self) -> dict[str, Array]:
+        """Arrays the spec gives, those of its state after these tokens as state_<name>."""
+        own: dict[str, Array] = self.variant.outputs(self.spec)
+        return own | state_arrays(self.variant, self.spec, self.length + self.sizes.get("L", 0))
+
+    @property
+    def integer_outputs(self) -> set[str]:
+        """Names of the outputs that are integers: exact in every space, without a cotangent."""
+        return {name for name, array in self.outputs.items() if array.kind == "int"}
 
     def real_inputs(self) -> dict[str, NDArray[Any]]:
         """The inputs that have gradients."""
@@ -63,30 +79,66 @@ class Problem:
     def lift(self, convert: Any) -> dict[str, Any]:
         """Inputs with the real ones, as float64, passed through `convert`; integers and booleans as they are."""
         real = self.real_inputs()
-        return {n: convert(a.astype(np.float64)) if n in real else a for n, a in self.inputs.items()}
+        return {n: convert(a.astype(np.float64, copy=False)) if n in real else a for n, a in self.inputs.items()}
 
     def evaluate(self, convert: Any) -> dict[str, Any]:
         """Outputs of the variant's text in the space that `convert` lifts float64 arrays into."""
-        outputs: dict[str, Any] = self.variant.reference(self.spec, self.lift(convert))
-        return outputs
+        return self.text(self.lift(convert))
 
-    def differentiate(
-        self, convert: Any, cotangents: Mapping[str, NDArray[Any]], wrt: Sequence[str]
-    ) -> dict[str, Any]:
-        """Outputs, and the gradients d<name> of the named inputs, from the same text on the tape."""
+    def text(self, x: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs of the variant's text for lifted inputs, those of its state as state_<name>."""
+        given, state = self._split(x)
+        if state is None:
+            return dict(self.variant.reference(self.spec, given))
+        found = dict(self.variant.reference(self.spec, given, state))
+        carried = found.pop("state")
+        return found | {f"state_{name}": array for name, array in carried.items()}
+
+    def _split(self, x: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Inputs proper, and the state: as given, else of no token, where every array is 0."""
+        wanted = state_arrays(self.variant, self.spec, self.length)
+        if not hasattr(self.variant, "state"):
+            return dict(x), None
+        like = next(iter(x.values()))
+        state: dict[str, Any] = {"length": self.length}
+        for name, array in wanted.items():
+            state[name.removeprefix("state_")] = x[name] if name in x else real(np.zeros(array.shape(self.sizes)), like)
+        return {name: a for name, a in x.items() if name not in wanted}, state
+
+    def differentiate(self, convert: Any, cotangents: Mapping[str, NDArray[Any]], wrt: Sequence[str]) -> dict[str, Any]:
+        """Outputs, and the gradients d<name> of the named inputs, from the same text on the tape.
+
+        Integer outputs come as exact numbers of the space, so that an engine has one kind of number to deal with.
+        """
         tape = Tape()
         x = self.lift(convert)
         leaves = {name: tape.variable(x[name]) for name in wrt}
-        outputs = self.variant.reference(self.spec, x | leaves)
+        outputs = self.text(x | leaves)
         pairs = [(outputs[name], convert(np.asarray(c, np.float64))) for name, c in cotangents.items()]
         gradients = tape.gradients(pairs, list(leaves.values()))
         values = {name: getattr(output, "value", output) for name, output in outputs.items()}
+        values |= {name: convert(np.asarray(values[name], np.float64)) for name in self.integer_outputs}
         return values | {f"d{name}": g for name, g in zip(wrt, gradients, strict=True)}
+
+    @property
+    def unplanned(self) -> str | None:
+        """Why the variant has no plan, or None: its module has a sentence in the place of `lower`, or nothing."""
+        lower = getattr(self.variant, "lower", "its module offers no `lower`")
+        return f"{self.spec.variant} has no plan: {lower}" if isinstance(lower, str) else None
 
     @cached_property
     def plan(self) -> Plan:
-        """The lowered problem, in float64."""
-        plan: Plan = self.variant.lower(self.spec, self.lift(lambda a: a))
+        """The lowered problem, in float64.
+
+        Raises
+        ------
+        Unsupported
+            The variant has no plan; the message says why.
+        """
+        if self.unplanned is not None:
+            raise Unsupported(self.unplanned)
+        given, state = self._split(self.lift(np.asanyarray))
+        plan: Plan = self.variant.lower(self.spec, given, *([] if state is None else [state]))
         return plan
 
     @property
@@ -96,8 +148,10 @@ class Problem:
         Raises
         ------
         Unsupported
-            It lowers to something else.
+            It lowers to something else, or not at all.
         """
+        if isinstance(self.plan, str):
+            raise Unsupported(f"{self.spec.variant} has no plan: {self.plan}")
         if not isinstance(self.plan, Score):
             raise Unsupported(f"{self.spec.variant} lowers to {type(self.plan).__name__}, where a Score is needed")
         return self.plan
@@ -122,6 +176,12 @@ class Engine(Protocol):
         outputs: Mapping[str, Any] | None = None,
     ) -> Outputs:
         """The outputs and the gradients d<name> for cotangents of outputs; saved `outputs` spare a forward pass."""
+
+
+def state_arrays(variant: Any, spec: Spec, length: int) -> dict[str, Array]:
+    """The arrays that a streaming variant carries after so many tokens, as state_<name>; none of another variant."""
+    carried = variant.state(spec, length) if hasattr(variant, "state") else {}
+    return {f"state_{name}": array for name, array in carried.items()}
 
 
 _KINDS = {"int": "iu", "bool": "b"}
@@ -186,9 +246,7 @@ def _disagreement(name: str, dim: str, size: int, expected: int) -> str:
 
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    return len(shape) <= len(target) and all(
-        n in (1, full) for n, full in zip(shape[::-1], target[::-1], strict=False)
-    )
+    return len(shape) <= len(target) and all(n in (1, full) for n, full in zip(shape[::-1], target[::-1], strict=False))
 
 
 def _check_domain(name: str, domain: str, given: NDArray[Any], sizes: Mapping[str, int]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from types import ModuleType
@@ -40,6 +40,11 @@ class Info:
         return "variant" if hasattr(self.module, "reference") else "term"
 
     @property
+    def place(self) -> str | None:
+        """Field of SDPA in which a term stands; None for a variant."""
+        return next((field for function, field in _PLACES.items() if hasattr(self.module, function)), None)
+
+    @property
     def doc(self) -> str:
         """The module's docstring: claim, formula, source, what it differs from."""
         return self.module.__doc__ or ""
@@ -62,10 +67,11 @@ class Info:
     @property
     def example(self) -> Spec:
         """A Spec of the class: of its defaults, or of the first golden case where an option has no default."""
-        if any(f.default is MISSING and f.default_factory is MISSING for f in fields(self.spec)):
+        try:
+            return self.spec()
+        except (TypeError, SpecError):
             found: Spec = next(self.cases()).spec
             return found
-        return self.spec()
 
     def flags(self) -> dict[str, Flag]:
         """What the flags mean that only the module's own cases have."""
@@ -146,7 +152,7 @@ def whole(given: Spec) -> tuple[Spec, Any]:
     if hasattr(module, "reference"):
         return given, module
     sdpa = info("sdpa")
-    field = next(field for function, field in _PLACES.items() if hasattr(module, function))
+    field = Info(given.variant, module).place or ""
     options: dict[str, Any] = {"causal": True, field: given}
     return sdpa.spec(**options), sdpa.module
 

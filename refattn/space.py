@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from refattn.cache import extend
+
 Bools = NDArray[np.bool_]
 Integers = NDArray[np.int64]
 
@@ -129,6 +131,10 @@ class Float64:
         c = contraction(letters, a.shape, b.shape)
         product = np.transpose(a, c.a_axes).reshape(c.a_shape) @ np.transpose(b, c.b_axes).reshape(c.b_shape)
         return product.reshape(c.shape).transpose(c.axes)
+
+    def extend(self, cache: Any, rows: Any, axis: int) -> Any:
+        """In spare room behind the cache, where there is some."""
+        return extend(cache, rows, axis)
 
     def row_max(self, x: Any, live: Bools) -> Any:
         """Largest live entry of the last axis, kept; 0 where none is live. Detached, of the real part."""

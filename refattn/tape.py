@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from refattn import numeric
-from refattn.space import Bools, Value
+from refattn.space import Bools, Value, space_of
 
 Rule = Callable[[Any], Any]
 
@@ -73,6 +73,10 @@ class Tape:
     def real(self, value: Any) -> Any:
         """A constant: lifted by the inner space of whatever has been recorded."""
         return numeric.real(value, like=self.nodes[0].value)
+
+    def constant(self, formula: Callable[[Any], Any]) -> Any:
+        """Of the inner space: no input enters it."""
+        return numeric.constant(formula, like=self.nodes[0].value)
 
     def add(self, a: Any, b: Any) -> Any:
         """d(a + b) = da + db."""
@@ -181,9 +185,9 @@ class Tape:
 
     def take(self, x: Any, indices: Any, axis: int) -> Any:
         """An entry read several times sums its cotangents."""
-        hits = (np.arange(x.shape[axis])[:, None] == np.asarray(indices).reshape(-1)).astype(np.int64)
 
         def back(g: Any) -> Any:
+            hits = (np.arange(x.shape[axis])[:, None] == np.asarray(indices).reshape(-1)).astype(np.int64)
             order = [axis] + [i for i in range(x.ndim) if i != axis]
             rest = tuple(x.shape[i] for i in order[1:])
             flat = numeric.reshape(numeric.transpose(g, order), (hits.shape[1], int(np.prod(rest))))
@@ -245,6 +249,11 @@ class Tape:
     def row_max(self, x: Any, live: Bools) -> Any:
         """Detached."""
         return numeric.row_max(x.value, live)
+
+    def certain(self, x: Any, alone: Bools) -> Bools:
+        """Of the inner space."""
+        space = space_of(x.value)
+        return space.certain(x.value, alone) if hasattr(space, "certain") else alone
 
     def stop(self, x: Any) -> Any:
         """The bare value: no path back."""

@@ -94,6 +94,21 @@ def test_numbers_a_kernel_does_not_hold_are_rounded_and_subnormal_ones_may_be_fl
     assert not BoundSpace(FLOAT64).real(x).e.any()
 
 
+@pytest.mark.parametrize("profile", [*KERNELS, PROFILES["float64"], FLOAT64], ids=lambda p: p.name)
+def test_a_constant_is_handed_over_rounded_once_however_long_its_formula(profile):
+    """The cosine of 100003/10, which float32 arithmetic of a kernel's own may find off by 1e-4, as its bound says."""
+    space, formula = BoundSpace(profile), lambda like: numeric.cos(numeric.real(np.array([100003, 0]), like) / 10)
+    found = numeric.constant(formula, space.real(0))
+    with flint.ctx.workprec(200):
+        exact = float((flint.arb(100003) / 10).cos())
+    handed = float(np.float32(exact)) if profile.unit > 2.0**-53 else exact
+    assert abs(handed - exact) <= found.e[0]
+    assert abs(found.x[0] - exact) <= found.e[0] <= 1.01 * profile.unit * abs(exact) + 2.0**-38
+    assert (found.x[1], found.e[1]) == (1, 0)
+    if profile.unit > 2.0**-53:
+        assert formula(space.real(0)).e[0] > 1e-4
+
+
 def test_overflow_promises_nothing_and_never_a_nan():
     space = BoundSpace(FLASH_F16)
     big, zero = space.real(np.array([[1e30, 3e38]])), space.real(np.zeros((2, 1)))

@@ -14,12 +14,13 @@ from problems import PROBLEMS, Problem, Sizes, arrays
 
 import refattn as ra
 from refattn import api, registry
+from refattn import problem as problems
 from refattn.bound import BoundSpace
 from refattn.dtypes import format_of, round_to
 from refattn.engines import cpu, reference
 from refattn.engines.cpu import pool
 from refattn.engines.cpu.operands import prepare
-from refattn.errors import ShapeError, SpecError
+from refattn.errors import ShapeError, SpecError, Unsupported
 from refattn.golden import build
 from refattn.golden import inputs as recipes
 from refattn.plan import Dense, Score, Table, sees
@@ -72,10 +73,11 @@ def test_float32_is_within_the_published_bound_of_each_element(name, rng):
 def test_the_golden_cases_are_within_their_bounds(variant):
     """Of every golden case of moderate size, out, lse and gradients; a float64 bound is counted twice, once each."""
     for case in registry.info(variant).cases():
-        if case.sizes["Hq"] * case.sizes["Lq"] * case.sizes["Lk"] > 1 << 15:
+        spec, module = registry.whole(case.spec)
+        if module.operations(module.resolve(spec, case.sizes), case.sizes)[1] > 8 * case.sizes["B"] << 15:
             continue
         problem, weights = build.problem_of(case, recipes.inputs(case)), recipes.cotangents(case)
-        if not isinstance(problem.plan, Score):
+        if problem.unplanned or not isinstance(problem.plan, Score):
             assert cpu.refuses(problem), case.name
             continue
         wrt = tuple(problem.real_inputs()) if weights else ()
@@ -290,10 +292,15 @@ def test_several_dense_biases_are_read_in_place():
 
 
 def test_what_is_not_a_score_plan_is_refused_in_one_sentence():
-    spec = SimpleNamespace(variant="ponder")
-    assert "ponder has no plan" in cpu.refuses(SimpleNamespace(variant=SimpleNamespace(), spec=spec))
-    lowers = SimpleNamespace(variant=SimpleNamespace(lower=None), spec=spec, plan=1.0)
-    assert "ponder lowers to float" in cpu.refuses(lowers)
+    def problem(**functions):
+        given = {"spec": SimpleNamespace(variant="ponder"), "inputs": {}, "sizes": {}, "dtype": np.dtype(np.float64)}
+        return problems.Problem(variant=SimpleNamespace(signature=lambda spec: {}, **functions), **given)
+
+    assert "ponder has no plan: its module offers no" in cpu.refuses(problem())
+    assert "ponder has no plan: it thinks" in cpu.refuses(problem(lower="it thinks"))
+    with pytest.raises(Unsupported, match="ponder has no plan: it thinks"):
+        _ = problem(lower="it thinks").plan
+    assert "ponder lowers to float" in cpu.refuses(problem(lower=lambda spec, x: 1.0))
 
 
 # Processes and threads

@@ -167,6 +167,14 @@ def test_where_clean_finite_and_row_max(lift):
 
 
 @SPACES
+def test_a_constant_is_its_formula_in_the_space_of_what_it_is_like(lift):
+    found = numeric.constant(lambda like: numeric.cos(numeric.real(np.arange(3), like)), lift(np.ones(2)))
+    near(plain(found), np.cos(np.arange(3)))
+    assert not hasattr(found, "parents")
+    assert plain(found)[0] == 1
+
+
+@SPACES
 def test_functions(lift):
     a = np.array([0.5, 1.0, 3.0])
     x = lift(a)

@@ -54,6 +54,7 @@ PRIMITIVES = {
     "sin": (numeric.sin, A),
     "cos": (numeric.cos, A),
     "sqrt": (numeric.sqrt, positive(3, 4)),
+    "constant": (lambda x: x * numeric.constant(lambda like: numeric.cos(numeric.real(3, like)), x), A),
     "maximum": (numeric.maximum, A, B),
     "maximum_of_a_row": (numeric.maximum, A, normal(4)),
     "minimum": (numeric.minimum, A, B),

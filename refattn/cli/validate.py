@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from refattn.golden.store import write
+from refattn.files import write
 from refattn.oracle.report import COLOURS, Line
 from refattn.oracle.validate import validate as run
 

@@ -21,7 +21,8 @@ def refuses(problem: Problem) -> str | None:
 def run(problem: Problem) -> Outputs:
     """Outputs in float64."""
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        return Outputs(problem.evaluate(np.asarray))
+        # Not asarray: a state's caches are arrays that can grow in place.
+        return Outputs(problem.evaluate(np.asanyarray))
 
 
 def vjp(

@@ -16,8 +16,9 @@ from refattn.case import NORMAL, Case, as_json
 from refattn.dtypes import format_of, round_up_bfloat16
 from refattn.engines import certified, reference
 from refattn.errors import SpecError, Undecided
+from refattn.files import safetensors_bytes
 from refattn.golden import inputs as recipes
-from refattn.golden.store import json_bytes, safetensors_bytes
+from refattn.golden.store import METADATA, json_bytes
 from refattn.problem import Problem
 from refattn.profiles import PROFILES
 
@@ -53,7 +54,8 @@ def build(case: Case) -> Built:
     problem = problem_of(case, arrays)
     wrt = tuple(problem.real_inputs()) if weights else ()
     found = certified.certify(problem, weights, wrt)
-    names = [n for n in found if n in case.want or n.startswith("d")]
+    wanted = {n for n in found if n in case.want or (n.startswith("state_") and "state" in case.want)}
+    names = [n for n in found if n in wanted or n.startswith("d")]
     limits = bounds(problem, weights, wrt, PROFILES[PROFILE_OF[case.dtype]])
     plain = reference.vjp(problem, weights, wrt)
 
@@ -74,7 +76,7 @@ def build(case: Case) -> Built:
         for code, label in enumerate(certified.STATUS):
             counts[label] += int((certificate.status == code).sum())
     manifest = json_bytes(_manifest(case, problem, arrays=arrays, weights=weights, tensors=tensors, status=status))
-    packed = safetensors_bytes(tensors)
+    packed = safetensors_bytes(tensors, METADATA)
     seconds = time.perf_counter() - start
     size = len(manifest) + len(packed)
     return Built(manifest, packed, Tally(case.name, int(tally["elements"]), counts, tally["distance"], size, seconds))
@@ -82,7 +84,7 @@ def build(case: Case) -> Built:
 
 def problem_of(case: Case, arrays: Mapping[str, NDArray[Any]]) -> Problem:
     """The checked problem of a case, restricted to its published query rows."""
-    problem = api.build(case.spec, arrays, case.dtype, ("out",))
+    problem = api.build(case.spec, arrays, case.dtype, ("out",), case.history)
     if case.rows is None:
         return problem
     short = problem.variant.restrict(problem.spec, problem.inputs, case.rows.q)
@@ -105,7 +107,9 @@ def bounds(problem: Problem, weights: Mapping[str, Any], wrt: tuple[str, ...], p
                 f"a choice in this {problem.spec.variant} problem hangs on less than what a {profile.name} kernel may "
                 f"be off by, so it has no verdict: give inputs that are further apart ({error})"
             ) from None
-        return {name: _with_output_rounding(name, b, problem) for name, b in found.items()}
+        limits = {name: _with_output_rounding(name, b, problem) for name, b in found.items()}
+    # An index is the right one or a wrong one.
+    return limits | {name: np.zeros(found[name].shape) for name in problem.integer_outputs}
 
 
 def _with_output_rounding(name: str, b: Bounded, problem: Problem) -> NDArray[np.float64]:
@@ -152,6 +156,8 @@ def _manifest(
         n: entry | {"shape": list(tensors[n].shape), "sha256": recipes.sha256(tensors[n])}
         for n, entry in status.items()
     }
+    for name in problem.integer_outputs & outputs.keys():
+        outputs[name]["kind"] = "int"
     manifest = {
         "schema": SCHEMA,
         "id": case.name,
@@ -167,6 +173,8 @@ def _manifest(
         "outputs": outputs,
         "conventions": {"empty_row": "zero", "lse_base": "e", "overflow": "nonsaturate", "rounding": "odd"},
     }
+    if case.history:
+        manifest["history"] = case.history
     if case.rows is not None:
         manifest["rows"] = {"q": list(case.rows.q), "k": list(case.rows.k)}
     return manifest

@@ -9,8 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from refattn.case import Case
+from refattn.files import write
 from refattn.golden.build import Built
-from refattn.golden.store import write
 from refattn.golden.suite import build_all, paths, publish
 
 

@@ -13,6 +13,7 @@ from refattn import philox, registry
 from refattn.case import NORMAL, Case, Edit, Recipe
 from refattn.dtypes import Format, format_of, round_to, significand_bits
 from refattn.errors import SpecError
+from refattn.problem import state_arrays
 from refattn.spec import Array
 
 # Arrays that stand for a score or a weight are handed to a backend in float32 whatever the case's storage type.
@@ -21,7 +22,7 @@ FLOAT32_INPUTS = ("sink", "slopes", "slopes_right")
 
 def inputs(case: Case) -> dict[str, NDArray[Any]]:
     """Every input of a case: the required arrays by their recipe or NORMAL, the optional ones it names."""
-    _, signature = resolved(case)
+    signature = signature_of(case)
     unknown = sorted(set(case.inputs) - set(signature))
     if unknown:
         raise SpecError(f"case {case.name} gives a recipe for {unknown[0]!r}; the signature has {', '.join(signature)}")
@@ -36,9 +37,10 @@ def cotangents(case: Case) -> dict[str, NDArray[Any]]:
     """Cotangent of out (recipe "dout", default NORMAL) and, where named, of others; zero outside the published rows."""
     if "vjp" not in case.want:
         return {}
-    _, module = registry.whole(case.spec)
+    spec, module = registry.whole(case.spec)
+    after = state_arrays(module, spec, case.history + case.sizes.get("L", 0))
     found = {}
-    for name, array in module.outputs(case.spec).items():
+    for name, array in (module.outputs(spec) | after).items():
         if name == "out" or f"d{name}" in case.cotangents:
             made = array_of(case, f"d{name}", array, case.cotangents.get(f"d{name}", NORMAL))
             if case.rows is not None:
@@ -47,10 +49,11 @@ def cotangents(case: Case) -> dict[str, NDArray[Any]]:
     return found
 
 
-def resolved(case: Case) -> tuple[Any, dict[str, Array]]:
-    """The case's spec standing alone, and its signature."""
+def signature_of(case: Case) -> dict[str, Array]:
+    """The signature of the case's spec standing alone, with the arrays of a state where tokens have gone before."""
     spec, module = registry.whole(case.spec)
-    return spec, module.signature(spec)
+    found: dict[str, Array] = module.signature(spec)
+    return found | (state_arrays(module, spec, case.history) if case.history else {})
 
 
 def array_of(case: Case, name: str, array: Array, recipe: Recipe) -> NDArray[Any]:

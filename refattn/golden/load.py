@@ -56,6 +56,7 @@ class Golden:
     catches: str
     profile: str
     rows: Rows | None
+    history: int
     expected: Mapping[str, NDArray[np.float64]]
     bound: Mapping[str, NDArray[np.float64]]
     status: Mapping[str, str]
@@ -65,8 +66,7 @@ class Golden:
         """The problem as recipes."""
         given = {n: _recipe(entry["recipe"]) for n, entry in self.manifest["inputs"].items()}
         duals = {f"d{n}": _recipe(entry["recipe"]) for n, entry in self.manifest["cotangents"].items()}
-        outputs = tuple(n for n in self.manifest["outputs"] if not n.startswith("d"))
-        want = (*outputs, "vjp") if duals else outputs
+        forward = tuple(n for n in self.manifest["outputs"] if not n.startswith("d"))
         return Case(
             name=self.name,
             spec=self.spec,
@@ -75,9 +75,10 @@ class Golden:
             dtype=self.dtype,
             inputs=given,
             cotangents=duals,
-            want=want,
+            want=(*forward, "vjp") if duals else forward,
             flags=self.flags,
             rows=self.rows,
+            history=self.history,
             seed=self.manifest["seed"],
         )
 
@@ -197,6 +198,7 @@ def read_case(path: Path, entry: Mapping[str, str] | None = None) -> Golden:
         catches=manifest["catches"],
         profile=manifest["profile"],
         rows=None if rows is None else Rows(q=tuple(rows["q"]), k=tuple(rows["k"])),
+        history=manifest.get("history", 0),
         expected={n: tensors[n] for n in manifest["outputs"]},
         bound={n: tensors[f"{n}.bound"].astype(np.float64) for n in manifest["outputs"]},
         status={n: output["status"] for n, output in manifest["outputs"].items()},

@@ -14,9 +14,10 @@ from pathlib import Path
 from refattn import registry
 from refattn.case import Case
 from refattn.errors import GoldenFormatError, SpecError
+from refattn.files import write
 from refattn.golden.build import SCHEMA, Built, build
 from refattn.golden.load import INDEX, read_index
-from refattn.golden.store import json_bytes, write
+from refattn.golden.store import json_bytes
 from refattn.philox import identifier
 
 SUITE = "core"
@@ -44,9 +45,10 @@ def cases() -> list[Case]:
 
 def work(case: Case) -> float:
     """A case's rough cost, to start the longest first."""
-    size = case.sizes
-    rows = size["Lq"] if case.rows is None else len(case.rows.q)
-    return float(size["B"] * size["Hq"] * rows * size["Lk"] * (3 if "vjp" in case.want else 1))
+    spec, module = registry.whole(case.spec)
+    total, _ = module.operations(module.resolve(spec, case.sizes), case.sizes)
+    share = 1.0 if case.rows is None else len(case.rows.q) / case.sizes["Lq"]
+    return float(total * share * (3 if "vjp" in case.want else 1))
 
 
 def build_all(todo: Iterable[Case], processes: int | None = None) -> Iterator[tuple[Case, Built]]:

@@ -105,13 +105,20 @@ def _jax(fn: Any, arguments: Mapping[str, Any], leaves: Mapping[str, str], duals
     if not duals:
         return _mapping(fn(**given))
     variable = {name: given.pop(name) for name in leaves}
-    results, pull = jax.vjp(lambda x: _mapping(fn(**given, **x)), variable)
+
+    def run(x: Any) -> Any:
+        """Results with a derivative, and beside them the integers."""
+        found = _mapping(fn(**given, **x))
+        whole = {name: a for name, a in found.items() if a.dtype.kind in "iub"}
+        return {name: a for name, a in found.items() if name not in whole}, whole
+
+    results, pull, integers = jax.vjp(run, variable, has_aux=True)
     if any(f"d{name}" in results for name in leaves) or not set(duals) <= set(results):
-        return dict(results)
+        return {**results, **integers}
     for name, dual in duals.items():
         if results[name].shape != dual.shape:
             raise ShapeError(f"{name} has shape {tuple(results[name].shape)}; expected {tuple(dual.shape)}")
     zero = {name: jax.numpy.zeros_like(r) for name, r in results.items()}
     weights = {name: _to(dual, like).astype(results[name].dtype) for name, dual in duals.items()}
     (found,) = pull(zero | weights)
-    return dict(results) | {f"d{name}": g for name, g in found.items()}
+    return {**results, **integers, **{f"d{name}": g for name, g in found.items()}}

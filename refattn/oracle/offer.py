@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from refattn import api, registry
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import SpecError, Unsupported
-from refattn.golden.inputs import resolved
+from refattn.golden.inputs import signature_of
 from refattn.golden.load import Golden
 from refattn.plan import Bias, Dense, Score, Slope
 from refattn.spec import Spec
@@ -94,7 +94,10 @@ def offer(golden: Golden, takes: Declared) -> Offer:
         if term in spec.bias:
             continue
         # A rotation or a content term as plain data: its registry name, its options, and its arrays by their names.
-        arguments["rotary" if term is spec.rotary else "content"] = _plain_options(term)
+        if term is spec.rotary:
+            arguments["rotary"] = _plain_options(term)
+        else:
+            arguments["content"] = (*arguments.get("content", ()), _plain_options(term))
         own = [name for name in registry.info(term.variant).module.signature(term) if name in arrays]
         arguments |= {name: arrays[name] for name in own}
         leaves |= {name: name for name in own}
@@ -117,14 +120,16 @@ def _offer_by_name(golden: Golden, arrays: Mapping[str, Any], takes: Declared) -
     **options is not enough: q, k and v mean plain attention to whoever does not know the variant.
     """
     spec: Any = golden.spec
-    given = {f.name: getattr(spec, f.name) for f in fields(spec) if getattr(spec, f.name) != f.default}
-    options = {name: _plain_options(value) if isinstance(value, Spec) else value for name, value in given.items()}
-    if options.get("scale") == sqrt_reciprocal(golden.sizes["D"]):
+    options = {f.name: getattr(spec, f.name) for f in fields(spec) if getattr(spec, f.name) != f.default}
+    if golden.sizes.get("D") and options.get("scale") == sqrt_reciprocal(golden.sizes["D"]):
         del options["scale"]
+    options = {name: _plain_options(o) if isinstance(o, Spec) else o for name, o in options.items()}
+    if golden.history:
+        options["history"] = golden.history
     missing = [name for name in (*arrays, *options) if name not in takes.names]
     if missing:
         raise Unsupported(f"takes no {' and no '.join(missing)}, which {spec.variant} needs")
-    real = {name for name, array in resolved(golden.case())[1].items() if array.kind == "real"}
+    real = {name for name, array in signature_of(golden.case()).items() if array.kind == "real"}
     return Offer({**arrays, **options}, {name: name for name in arrays if name in real})
 
 

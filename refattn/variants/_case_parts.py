@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -70,8 +71,8 @@ def flagged(cases: Iterable[Case]) -> Iterator[Case]:
 
 
 def shape_flags(case: Case) -> Iterator[str]:
-    """What sizes, dtype, arrays and cotangents say of a case."""
-    size = case.sizes
+    """What sizes, dtype, arrays and cotangents say of a case; a size that a variant has not is 0."""
+    size = defaultdict(int, case.sizes)
     widths, lengths = (size["D"], size["Dv"]), (size["Lq"], size["Lk"])
     present = {
         "batch": size["B"] > 1,

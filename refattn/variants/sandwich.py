@@ -33,6 +33,7 @@ from refattn.errors import SpecError
 from refattn.numeric import concatenate, cos, einsum, exp, log, real, reshape, sin, take, total
 from refattn.plan import Bias, Table
 from refattn.spec import Array, Spec
+from refattn.variants._frequencies import frequencies
 from refattn.variants._place import Place
 
 
@@ -68,7 +69,7 @@ def resolve(spec: Sandwich, sizes: Mapping[str, int]) -> Sandwich:
 def term(spec: Sandwich, x: Mapping[str, Any], at: Place) -> tuple[Any, None]:
     """The sum of cosines, once for every difference that occurs, over each head's ratio."""
     q, heads = x["q"], at.heads
-    w = exp(-(log(real(10000, q)) * real(2 * np.array(spec.indices), q) / spec.dimension))
+    w = frequencies(10000, spec.indices, spec.dimension, q)
     distance = at.i - at.j
     different, index = np.unique(distance, return_inverse=True)
     curve = total(cos(reshape(real(different, q), (different.size, 1)) * w), -1)

@@ -77,7 +77,6 @@ class SDPA(Spec):
         if self.keep_probability is not None and not 0 < self.keep_probability <= 1:
             raise SpecError(f"keep_probability lies in (0, 1]; given: {self.keep_probability}")
 
-
     @property
     def terms(self) -> tuple[Spec, ...]:
         """All term Specs, in the order in which they act."""
@@ -153,6 +152,8 @@ def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
         for name in _module(term).signature(term):
             if not np.isfinite(np.asarray(x[name], np.float64)).all():
                 raise ShapeError(f"{name} must hold finite numbers; given: {x[name]}")
+        if hasattr(_module(term), "validate"):
+            _module(term).validate(term, x, place(spec.causal, x))
 
 
 def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, Any]:

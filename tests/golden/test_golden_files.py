@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refattn.errors import GoldenFormatError
+from refattn.files import safetensors_bytes
 from refattn.golden import load, suite
 from refattn.golden.build import build
-from refattn.golden.store import json_bytes, read_json, read_safetensors, safetensors_bytes
+from refattn.golden.store import METADATA, json_bytes, read_json, read_safetensors
 
 
 def edit(folder, change, reindex=True):
@@ -47,7 +48,7 @@ TENSORS = {
 
 
 def test_the_safetensors_library_reads_what_is_written():
-    found = dict(safetensors.deserialize(safetensors_bytes(TENSORS)))
+    found = dict(safetensors.deserialize(safetensors_bytes(TENSORS, METADATA)))
     assert found.keys() == TENSORS.keys()
     for name, array in TENSORS.items():
         assert found[name]["shape"] == list(array.shape)
@@ -59,17 +60,17 @@ def test_the_safetensors_library_reads_what_is_written():
 
 
 def test_reading_gives_the_arrays_back():
-    found = read_safetensors(safetensors_bytes(TENSORS), "here")
+    found = read_safetensors(safetensors_bytes(TENSORS, METADATA), "here")
     for name, array in TENSORS.items():
         same(found[name], array)
 
 
 def test_the_bytes_depend_on_the_numbers_alone():
     """Not on the order of names, the strides or the byte order; the header is padded to 8 bytes."""
-    plain = safetensors_bytes(TENSORS)
+    plain = safetensors_bytes(TENSORS, METADATA)
     turned = {name: np.asfortranarray(a) if a.ndim > 1 else a for name, a in reversed(TENSORS.items())}
     turned["a"] = turned["a"].astype(">f4")
-    assert safetensors_bytes(turned) == plain
+    assert safetensors_bytes(turned, METADATA) == plain
     assert int.from_bytes(plain[:8], "little") % 8 == 0
 
 
@@ -77,7 +78,7 @@ def test_the_bytes_of_one_tensor_by_hand():
     header = b'{"__metadata__":{"format":"refattn.golden/1"},"x":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}'
     header += b" " * (-len(header) % 8)
     data = len(header).to_bytes(8, "little") + header + bytes.fromhex("000000000000f03f")
-    assert safetensors_bytes({"x": np.ones(1)}) == data
+    assert safetensors_bytes({"x": np.ones(1)}, METADATA) == data
 
 
 def test_canonical_json():
@@ -288,8 +289,8 @@ def header(text, data=b""):
         header(b'{"out":{"dtype":"F64","shape":[2],"data_offsets":[0,8]}}', b"\0" * 8),
         header(b'{"out":{"dtype":"F64","shape":[1],"data_offsets":[0,16]}}', b"\0" * 8),
         header(b'{"out":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}', b"\0" * 8),
-        safetensors_bytes({"other": np.ones(3)}),
-        safetensors_bytes({"out": np.ones(3), "out.bound": np.ones(3)}),
+        safetensors_bytes({"other": np.ones(3)}, METADATA),
+        safetensors_bytes({"out": np.ones(3), "out.bound": np.ones(3)}, METADATA),
     ],
     ids=["empty", "short", "foreign", "vast", "nothing", "shape", "offsets", "integers", "other_names", "other_shape"],
 )
@@ -310,7 +311,7 @@ def test_tensors_with_the_right_hash_and_another_meaning(folder, change):
         tensors["out"] = tensors["out"].view(np.float16).reshape(*tensors["out"].shape[:-1], -1)
     else:
         tensors["out.bound"] = tensors["out.bound"][..., :1]
-    path.write_bytes(safetensors_bytes(tensors))
+    path.write_bytes(safetensors_bytes(tensors, METADATA))
     edit(folder, put(list(tensors["out"].shape), "outputs", "out", "shape"))
     with pytest.raises(GoldenFormatError, match="expected float64 and a bound of the same shape"):
         load.load(NAME, folder)

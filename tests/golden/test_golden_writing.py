@@ -11,10 +11,10 @@ import pytest
 from golden_folder import CASES, FILES, NAME, contents, files
 
 from refattn.errors import StorageError
+from refattn.files import write
 from refattn.golden import generate as generating
 from refattn.golden import load, store, suite
 from refattn.golden.generate import generate
-from refattn.golden.store import write
 
 # Writing
 
@@ -42,7 +42,7 @@ def test_a_real_limit_of_the_kernel_on_a_files_size(tmp_path):
     path = tmp_path / "case.safetensors"
     path.write_bytes(b"old")
     code = (
-        "import resource, sys; from pathlib import Path; from refattn.golden.store import write\n"
+        "import resource, sys; from pathlib import Path; from refattn.files import write\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))\n"
         "write(Path(sys.argv[1]), bytes(20000))"
     )

@@ -33,17 +33,38 @@ CASES = [
     case("scale", SDPA(scale=0.5), lengths=(9, 12)),
     case("empty", SDPA(), inputs={"mask": EMPTY}, cotangents={"dlse": Recipe()}),
     case("bias", SDPA(), inputs={"bias": Recipe(kind="normal12", shape=(1, 4, 24, 24))}),
-    case("lengths", SDPA(causal="bottom_right"), batch=3, inputs={
-        "q_lengths": Recipe(kind="values", values=(24, 5, 0)), "kv_lengths": Recipe(kind="values", values=(24, 9, 7))}),
-    case("segments", SDPA(causal=True), inputs={
-        "q_segment_ids": Recipe(kind="values", values=(0,) * 10 + (1,) * 14, shape=(1, 24)),
-        "k_segment_ids": Recipe(kind="values", values=(0,) * 10 + (1,) * 14, shape=(1, 24))}),
-    case("positions", SDPA(causal="bottom_right", window=(6, 0)), inputs={
-        "q_positions": Recipe(kind="values", values=tuple(range(3, 75, 3)), shape=(1, 24)),
-        "k_positions": Recipe(kind="values", values=tuple(range(0, 72, 3)), shape=(1, 24))}),
+    case(
+        "lengths",
+        SDPA(causal="bottom_right"),
+        batch=3,
+        inputs={
+            "q_lengths": Recipe(kind="values", values=(24, 5, 0)),
+            "kv_lengths": Recipe(kind="values", values=(24, 9, 7)),
+        },
+    ),
+    case(
+        "segments",
+        SDPA(causal=True),
+        inputs={
+            "q_segment_ids": Recipe(kind="values", values=(0,) * 10 + (1,) * 14, shape=(1, 24)),
+            "k_segment_ids": Recipe(kind="values", values=(0,) * 10 + (1,) * 14, shape=(1, 24)),
+        },
+    ),
+    case(
+        "positions",
+        SDPA(causal="bottom_right", window=(6, 0)),
+        inputs={
+            "q_positions": Recipe(kind="values", values=tuple(range(3, 75, 3)), shape=(1, 24)),
+            "k_positions": Recipe(kind="values", values=tuple(range(0, 72, 3)), shape=(1, 24)),
+        },
+    ),
     case("keep", SDPA(keep_probability=0.75), inputs={"keep": SOME_MASKED}),
-    case("poison", SDPA(causal="bottom_right"), lengths=(20, 24), inputs={
-        "k": POISON, "v": POISON, "kv_lengths": Recipe(kind="values", values=(20,))}),
+    case(
+        "poison",
+        SDPA(causal="bottom_right"),
+        lengths=(20, 24),
+        inputs={"k": POISON, "v": POISON, "kv_lengths": Recipe(kind="values", values=(20,))},
+    ),
     case("live_nan", SDPA(causal=True), lengths=(24, 24), inputs={"v": POISON}),
     case("alibi_twelve", ALIBI(), heads=(12, 4), width=(8, 8)),
     case("alibi_half", ALIBI(direction="half"), heads=(4, 4)),

@@ -25,8 +25,8 @@ Floats = NDArray[np.float64]
 
 def refuses(problem: Problem) -> str | None:
     """A sentence for a variant that does not lower to a Score plan, or None."""
-    if not hasattr(problem.variant, "lower"):
-        return f"{problem.spec.variant} has no plan, and the cpu engine runs plans"
+    if problem.unplanned is not None:
+        return problem.unplanned
     if not isinstance(problem.plan, Score):
         return f"the cpu engine runs Score plans, and {problem.spec.variant} lowers to {type(problem.plan).__name__}"
     if problem.plan.relative or problem.plan.v_table:
