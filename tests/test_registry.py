@@ -41,10 +41,16 @@ def test_the_class_is_found_by_name_in_any_case(info):
 
 @EVERY
 def test_a_module_keeps_the_protocol(info):
-    functions = {"variant": ("signature", "outputs", "resolve", "reference", "lower")}
-    functions["term"] = ("signature", "resolve", "term", "lower_term")
-    for name in functions[info.kind]:
+    places = ("rotate", "lower_rotate"), ("content", "lower_content"), ("term", "lower_term")
+    own = {
+        "variant": ("outputs", "reference"),
+        "term": next(p for p in places if hasattr(info.module, p[0]) or p[0] == "term"),
+    }
+    for name in ("signature", "resolve", *own[info.kind]):
         assert callable(getattr(info.module, name)), name
+    if info.kind == "variant":
+        # A sentence says why there is no plan.
+        assert callable(info.module.lower) or " " in info.module.lower
     signature = info.module.signature(info.example)
     assert all(isinstance(array, Array) for array in signature.values())
     whole, module = registry.whole(info.example)
