@@ -19,8 +19,9 @@ FLAGS: Mapping[str, Flag] = {
     "code_norm": Flag("A layer norm whose variance divides by E − 1, eps beside the standard deviation."),
     "final_layer": Flag("Heads projected to the stream's width."),
 }
-HALF = Recipe(exp2=-9)
-WEIGHTS = {"wq": HALF, "wk": HALF, "wv": HALF, "shaw_k": HALF, "shaw_v": HALF}
+HALF, EIGHTH = Recipe(exp2=-9), Recipe(exp2=-11)
+# Small scores: what an attention gives is asked about again, and errors of scores are multiplied twice.
+WEIGHTS = {"wq": Recipe(exp2=-10), "wk": Recipe(exp2=-10), "wv": HALF, "shaw_k": HALF, "shaw_v": HALF}
 
 
 def cases() -> Iterator[Case]:
@@ -76,10 +77,14 @@ def listed() -> Iterator[Case]:
         name="causal_transformer/as_the_code",
         spec=CausalTransformer(clip=3, mask="minus_1e9", active="both", residual=True, norm="code"),
         sizes=block(3, 7, batch=2),
-        inputs={"bq": HALF, "bv": HALF, "gain": edited(HALF, Edit(at=(None, None, None), op="add", value=1.0)),
-                "shift": HALF, "active": lengths((7, 7, 5), (4, 4, 3), of=7)},
-        catches="a norm that divides by E or has its eps in the root; a residual of the projected query",
-    )  # fmt: skip
+        inputs={
+            **dict.fromkeys(("wq", "wk", "shaw_k"), EIGHTH),
+            **dict.fromkeys(("bq", "bv", "shift"), HALF),
+            "gain": edited(HALF, Edit(at=(None, None, None), op="add", value=1.0)),
+            "active": lengths((7, 7, 5), (4, 4, 3), of=7),
+        },
+        catches="a norm that divides by E; a residual of the projected query, or only after the second attention",
+    )
     yield Case(
         name="causal_transformer/two_streams_uniform",
         spec=CausalTransformer(clip=2, mask="minus_1e9", scale=0.75),
@@ -91,7 +96,6 @@ def listed() -> Iterator[Case]:
         name="causal_transformer/keys_late",
         spec=CausalTransformer(clip=4, active="keys"),
         sizes=block(2, 9, widths=(4, 3)),
-        dtype="bfloat16",
         inputs={"active": Recipe(kind="values", values=(0, 0, 1, 1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 1, 0, 1, 0, 0),
                                  shape=(1, 2, 9))},
         flags=("fully_masked_rows",),
@@ -101,7 +105,6 @@ def listed() -> Iterator[Case]:
         name="causal_transformer/keys_uniform",
         spec=CausalTransformer(clip=2, active="keys", mask="minus_1e9", residual=True),
         sizes=block(2, 8, heads=1, widths=(4, 4)),
-        dtype="float16",
         inputs={
             "active": Recipe(kind="values", values=(0, 0, 1, 1, 0, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0, 1), shape=(1, 2, 8))
         },
@@ -112,7 +115,6 @@ def listed() -> Iterator[Case]:
         name="causal_transformer/absent_entries",
         spec=CausalTransformer(clip=3, active="both"),
         sizes=block(2, 6),
-        dtype="float16",
         inputs={
             "x": edited(
                 NORMAL, *(Edit(at=at, op="set", value=v) for at, v in zip(absent, (NAN, INF, NAN), strict=True))
@@ -126,7 +128,6 @@ def listed() -> Iterator[Case]:
         name="causal_transformer/final_layer",
         spec=CausalTransformer(clip=2, final_layer=True, residual=True),
         sizes=block(2, 5, heads=3, width=5),
-        dtype="bfloat16",
         inputs={"wo": HALF, "bo": HALF},
         catches="the final layer applied to the sum of the attentions, whose streams have layers of their own",
     )
@@ -134,14 +135,24 @@ def listed() -> Iterator[Case]:
         name="causal_transformer/normed",
         spec=CausalTransformer(clip=1, norm="code", residual=True, final_layer=True),
         sizes=block(3, 5, heads=1, widths=(2, 3), width=4),
-        dtype="float16",
-        inputs={"wo": HALF, "gain": edited(HALF, Edit(at=(None, None, None), op="add", value=1.0)), "shift": HALF},
-        catches="the sum over streams normalised instead of every attention",
+        # Streams and values of some 2^-12, where eps is a hundredth of the standard deviation; queries as elsewhere.
+        inputs={
+            "x": Recipe(exp2=-21),
+            "wq": edited(EIGHTH, *(scaled((s, s, None, None, None), 2.0**12) for s in range(3))),
+            "wk": EIGHTH,
+            "shaw_k": EIGHTH,
+            "shaw_v": Recipe(exp2=-21),
+            "wo": HALF,
+            "gain": edited(HALF, Edit(at=(None, None, None), op="add", value=1.0)),
+            "shift": HALF,
+        },
+        catches="eps under the root, or left out; the sum over streams normalised instead of every attention",
     )
     yield Case(
-        name="causal_transformer/one_stream",
+        name="causal_transformer/one_stream_257",
         spec=CausalTransformer(clip=1, residual=True),
-        sizes=block(1, 9, batch=2),
+        sizes=block(1, 257, heads=1, widths=(2, 3)),
+        dtype="float16",
         catches="an empty sum over other streams: a stream alone keeps its self-attention",
     )
     yield Case(

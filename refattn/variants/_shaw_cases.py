@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from refattn.case import NORMAL, Case, Flag, Recipe, Rows
+from refattn.case import NORMAL, Case, Edit, Flag, Recipe, Rows
 from refattn.variants._case_parts import NAN, edited, flagged, integers, numbers, rows_of, scaled, sizes
 from refattn.variants._sdpa_cases import option_flags
 from refattn.variants.sdpa import SDPA
@@ -84,17 +84,14 @@ def _cases() -> Iterator[Case]:
         catches="differences counted from the end of the array; a relative part that escapes the softcap",
     )
     yield Case(
-        name="shaw/cancelling_keys",
+        name="shaw/table_decides",
         spec=SDPA(content=(Shaw(clip=2),)),
         sizes=sizes((6, 6), (2, 2), (8, 4)),
         inputs={
-            "k": Recipe(kind="constant", value=64.0),
-            "shaw_k": edited(Recipe(exp2=-9), scaled((0, None), 64.0), scaled((4, None), -64.0)),
-            "v": Recipe(kind="constant", value=256.0),
-            "shaw_v": Recipe(exp2=-10),
+            "k": edited(Recipe(exp2=-10), Edit(at=(None, None, None, None), op="add", value=8.0)),
+            "v": edited(Recipe(exp2=-10), Edit(at=(None, None, None, None), op="add", value=8.0)),
         },
-        flags=("large_scores",),
-        catches="k + shaw_k rounded to 16 bits before it meets q, where all keys are equal and the table decides",
+        catches="k + shaw_k or v + shaw_v rounded to 16 bits, where the keys are nearly equal and the table decides",
     )
     yield Case(
         name="shaw/decode_300",
@@ -111,6 +108,21 @@ def _cases() -> Iterator[Case]:
         dtype="float16",
         rows=Rows(q=(0, 14, 15, 16, 256), k=(0, 1, 240, 241, 242, 256)),
         catches="values summed row by row only within a tile, where row 0 gathers the weights of 241 keys",
+    )
+    yield Case(
+        name="shaw/both_sides_513",
+        spec=SDPA(content=(Shaw(clip=100, values=False, heads="per_head"),)),
+        sizes=sizes((513, 300), (2, 2), (4, 2)),
+        rows=Rows(q=(0, 213, 313, 412, 512), k=(0, 1, 100, 101, 299)),
+        catches="queries before the first key, whose every difference is clipped to the last row",
+    )
+    yield Case(
+        name="shaw/window_2049",
+        spec=SDPA(causal=True, window=(40, None), content=(Shaw(clip=31),)),
+        sizes=sizes((2049, 2049), (2, 2), (4, 2)),
+        dtype="bfloat16",
+        rows=Rows(q=(0, 31, 32, 41, 2048), k=(0, 1, 9, 10, 2008, 2017, 2048)),
+        catches="a table cut at the window, or the window at the clip",
     )
     yield Case(
         name="shaw/float64",
