@@ -25,6 +25,7 @@ SPECS = {info.name: info.example for info in ra.variants().values()} | {
     "keep": ra.SDPA(keep_probability=0.75, window=(1, None), softcap=5.0),
     "half": ra.SDPA(bias=ra.ALiBi(direction="half")),
     "axial": ra.Axial(width=1),
+    "causal_transformer": ra.CausalTransformer(final_layer=True),
     "mixtures of a head": ra.Linformer(sharing="kv", heads="per_head"),
     "a temperature": ra.AttentionAlignment(bias=ra.ALiBi(slopes="learned"), divide="scores"),
     "part turned": ra.RoPE(pairing="interleaved", width=0, angles="float32"),

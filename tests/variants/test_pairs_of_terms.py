@@ -22,6 +22,8 @@ TERMS = {name: info.example for name, info in INFOS.items()} | {
     "learned alibi": ra.ALiBi(slopes="learned"),
     "interpolated alibi": ra.ALiBiInterpolation(train_length=3),
     "bidirectional t5": ra.T5(bidirectional=True),
+    "shaw per head": ra.Shaw(clip=2, heads="per_head"),
+    "shaw of keys": ra.Shaw(clip=3, values=False),
     "rope by a table": ra.RoPE(pairing="interleaved", angles="table", width=2, part="last"),
 }
 PLACES = {name: INFOS[spec.variant].place for name, spec in TERMS.items()}
