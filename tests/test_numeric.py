@@ -255,9 +255,9 @@ def test_nothing_live(lift, with_sink):
 def test_an_array_of_fractions_is_lifted_number_by_number():
     """As a double, 1/3 would be a proved 0.333…3148."""
     thirds = np.array([[Fraction(1, 3), Fraction(2, 3)], [Fraction(1, 7), 5]], object)
-    three = numeric.real(np.array([[3, 3], [7, 1]]), BALLS.real(0))
-    whole = numeric.real(np.array([[1, 2], [1, 5]]), BALLS.real(0))
-    value, _, radius = (numeric.real(thirds, BALLS.real(0)) * three - whole).enclosure()
+    with flint.ctx.workprec(128):
+        three, whole = (numeric.real(np.array(a), BALLS.real(0)) for a in ([[3, 3], [7, 1]], [[1, 2], [1, 5]]))
+        value, _, radius = (numeric.real(thirds, BALLS.real(0)) * three - whole).enclosure()
     assert (np.abs(value) + radius < 1e-30).all()
     bounded = numeric.real(thirds, BoundSpace(FLOAT64).real(0))
     assert (bounded.e > 0).tolist() == [[True, True], [True, False]]
