@@ -25,6 +25,8 @@ SPECS = {info.name: info.example for info in ra.variants().values()} | {
     "keep": ra.SDPA(keep_probability=0.75, window=(1, None), softcap=5.0),
     "half": ra.SDPA(bias=ra.ALiBi(direction="half")),
     "axial": ra.Axial(width=1),
+    "axial_deeplab": ra.AxialDeepLab(span=1),
+    "axial_deeplab with norms": ra.AxialDeepLab(span=1, axis="width", norm=True),
     "mixtures of a head": ra.Linformer(sharing="kv", heads="per_head"),
 }
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2)

@@ -119,7 +119,7 @@ def validate(spec: AxialDeepLab, x: Mapping[str, Any]) -> None:
 
 def reference(spec: AxialDeepLab, x: Mapping[str, Any], state: Any = None) -> dict[str, Any]:
     """Every line of the image as a sequence of its own, each term through its own normalisation."""
-    batch, heads, span = x["q"].shape[0], x["q"].shape[1], spec.span
+    heads, span = x["q"].shape[1], spec.span
     own = np.arange(heads) // max(1, heads // x["k"].shape[1])
     q, k, v = (_lines(spec, a) for a in (x["q"], take(x["k"], own, 1), take(x["v"], own, 1)))
     place = np.arange(span)
@@ -154,7 +154,7 @@ def reference(spec: AxialDeepLab, x: Mapping[str, Any], state: Any = None) -> di
     if "value" in spec.terms:
         out = out + normal("sve", means[..., width:])
     lse = reshape(lse, (*lse.shape, 1))
-    return {"out": _pixels(spec, out, batch), "lse": _pixels(spec, lse, batch)[..., 0]}
+    return {"out": _pixels(spec, out, x["q"]), "lse": _pixels(spec, lse, x["q"])[..., 0]}
 
 
 def _lines(spec: AxialDeepLab, a: Any) -> Any:
@@ -168,13 +168,12 @@ def _lines(spec: AxialDeepLab, a: Any) -> Any:
     return reshape(image, (batch * count, heads, spec.span, width))
 
 
-def _pixels(spec: AxialDeepLab, a: Any, batch: int) -> Any:
-    """Lines beside the batch, (B·L/A,H,A,W), back as (B,H,L,W)."""
-    lines, heads, span, width = a.shape
-    count = lines // batch if batch else 0
-    order = (0, 2, 1, 3, 4) if spec.axis == "width" else (0, 2, 3, 1, 4)
-    image = transpose(reshape(a, (batch, count, heads, span, width)), order)
-    return reshape(image, (batch, heads, span * count, width))
+def _pixels(spec: AxialDeepLab, a: Any, like: Any) -> Any:
+    """Lines beside the batch, (B·L/A,H,A,W), back as (B,H,L,W), the pixels of `like`."""
+    (batch, heads, pixels, _), width = like.shape, a.shape[3]
+    image = reshape(a, (batch, pixels // spec.span, heads, spec.span, width))
+    image = transpose(image, (0, 2, 1, 3, 4) if spec.axis == "width" else (0, 2, 3, 1, 4))
+    return reshape(image, (batch, heads, pixels, width))
 
 
 def lower(spec: AxialDeepLab, x: Mapping[str, Any], state: Any = None) -> Score:
