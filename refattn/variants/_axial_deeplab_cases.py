@@ -122,7 +122,7 @@ def listed() -> Iterator[Case]:
         name="axial_deeplab/cancelling_tables_3x9",
         spec=AxialDeepLab(span=9, axis="width"),
         sizes=image(3, 9, (2, 2), (4, 4)),
-        # Constant tables of opposite signs: ±192 Σ_d q_d or k_d in the logits, ±192 in the values, and what is left.
+        # 64 Σ_d q_d in every logit of a row; values of −192 at every other pixel, which a table of 192 meets or misses.
         inputs={
             "rq": Recipe(kind="constant", value=64.0),
             "rk": Recipe(exp2=-10),
