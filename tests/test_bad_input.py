@@ -27,6 +27,7 @@ SPECS = {info.name: info.example for info in ra.variants().values()} | {
     "axial": ra.Axial(width=1),
     "axial_deeplab": ra.AxialDeepLab(span=1),
     "axial_deeplab with norms": ra.AxialDeepLab(span=1, axis="width", norm=True),
+    "latents on both sides": ra.DBA(form="two_sided"),
     "mixtures of a head": ra.Linformer(sharing="kv", heads="per_head"),
 }
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2)

@@ -53,7 +53,7 @@ def listed() -> Iterator[Case]:
         name="dba/two_sided",
         spec=DBA(form="two_sided"),
         sizes=latents(4, 3, (8, 10), (2, 2), (6, 4), batch=2),
-        inputs={"R": HALF},
+        inputs={"R": QUARTER},
         catches="queries that read compressed keys where they read latents; the inner softmax left out",
     )
     yield Case(
@@ -120,12 +120,12 @@ def listed() -> Iterator[Case]:
         dtype="float64",
         inputs={
             "R": edited(Recipe(exp2=-12), *(Edit(at=(d, d), op="add", value=1.0) for d in range(4))),
-            "q": edited(NORMAL, Edit(at=channel, op="add", value=256.0)),
-            "Z": edited(NORMAL, Edit(at=(None, None, 0), op="add", value=256.0)),
+            "q": edited(NORMAL, Edit(at=channel, op="add", value=128.0)),
+            "Z": edited(NORMAL, Edit(at=(None, None, 0), op="add", value=128.0)),
             "k": edited(NORMAL, scaled(channel, 2.0**-8), Edit(at=channel, op="add", value=16.0)),
         },
         flags=("large_scores",),
-        catches="exponentials without their row's maximum: all keys share a channel that adds 2048 to every logit",
+        catches="exponentials without their row's maximum: all keys share a channel that adds 1024 to every logit",
     )
     yield Case(
         name="dba/queries_2049",
