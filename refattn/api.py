@@ -192,6 +192,8 @@ def step(
     if type(state.spec) is not type(whole) or module.resolve(state.spec, sizes) != module.resolve(whole, sizes):
         raise SpecError(f"this state is of {state.spec}, not of {whole}, whose state is\n{describe(carried)}")
     arrays |= {f"state_{name}": array for name, array in state.items()}
+    # A state without any array would count as that of no token.
+    check(module.signature(whole) | state_arrays(module, whole, state.length), arrays)
     problem = build(whole, arrays, dtype, (*names, "state"), state.length)
     results = _run(problem, engine, next(iter(state.values())).dtype)
     found = _collected(results, problem, (*names, "state"), next(iter(given.values()), None))
