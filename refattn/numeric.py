@@ -54,6 +54,16 @@ def cos(x: Any) -> Any:
     return space_of(x).cos(x)
 
 
+def erf(x: Any) -> Any:
+    """The error function (2/√π) ∫_0^x e^(−t²) dt."""
+    return space_of(x).erf(x)
+
+
+def pi(like: Any) -> Any:
+    """The number π in the space of `like`."""
+    return space_of(like).pi()
+
+
 def sqrt(x: Any) -> Any:
     """Square root of x ≥ 0; at 0 it has no derivative."""
     return space_of(x).sqrt(x)
@@ -168,6 +178,15 @@ def einsum(letters: str, a: Any, b: Any) -> Any:
     """Two-operand einsum with explicit letters."""
     space = space_of(a, b)
     return space.einsum(letters, space.coerce(a), space.coerce(b))
+
+
+def solve(a: Any, b: Any, least: float) -> Any:
+    """The x of a x = b for a symmetric a (n,n) whose eigenvalues are at least `least` > 0, and b (n,m).
+
+    For constants: a kernel that solved for itself could not be held to any bound.
+    """
+    space = space_of(a, b)
+    return space.solve(space.coerce(a), space.coerce(b), least)
 
 
 def where(condition: Bools, a: Any, b: Any) -> Any:
