@@ -40,4 +40,5 @@ def erf64(x: Any) -> NDArray[np.float64]:
     near = np.clip(x, -_REACH, _REACH)
     z = near * near
     y = (_TWO_OVER_ROOT_PI * near) * (exp64(-z) * horner(_SERIES, z))
-    return np.where(np.abs(x) > _REACH, np.copysign(1.0, x), y)
+    far: NDArray[np.float64] = np.where(np.abs(x) > _REACH, np.copysign(1.0, x), y)
+    return far

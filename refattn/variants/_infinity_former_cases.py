@@ -18,7 +18,10 @@ FLAGS: Mapping[str, Flag] = {
     "infinity_options": Flag("Points l / L, parameters that are moments, a bias, a prior with a mean, or a mask net."),
 }
 PUBLISHED = ("out", "kl", "state", "vjp")
-SMALL: dict[str, Any] = {"basis": 8, "sigmas": (0.125, 0.25), "samples": 8}
+# Variances that do not come near 0.
+CALM = Recipe(exp2=-10)
+POSITIVE = Recipe(kind="constant", value=1.0)
+SMALL: dict[str, Any] = {"basis": 8, "sigmas": (0.125, 0.25), "samples": 8, "contraction": 0.75}
 
 
 def cases() -> Iterator[Case]:
@@ -52,17 +55,30 @@ def tokens(
     return {"B": batch, "Hq": hq, "Hkv": hkv, "L": count, "E": e, "D": d, "Dv": dv}
 
 
+def above(value: float, rank: int = 3) -> Recipe:
+    """Numbers around one that is not 0, which a memory keeps where it averages others away."""
+    return Recipe(kind="integers", exp2=-4, edits=(Edit(at=(None,) * rank, op="add", value=value),))
+
+
+def left_half(count: int, rank: int = 3, value: float = 16.0) -> Recipe:
+    """A cotangent of histograms that asks how much lies left of the middle."""
+    half = Edit(at=(*(None,) * (rank - 1), tuple(range(count // 2))), op="set", value=value)
+    return Recipe(kind="constant", edits=(half,))
+
+
 def bins(count: int) -> Recipe:
     """Drawn bins, from 1 to count − 1 of an even count."""
-    return Recipe(kind="integers", limit=count // 2 - 1, exp2=0, edits=(Edit(at=(None,) * 3, op="add", value=count / 2),))
+    return Recipe(
+        kind="integers", limit=count // 2 - 1, exp2=0, edits=(Edit(at=(None,) * 3, op="add", value=count / 2),)
+    )
 
 
 def listed() -> Iterator[Case]:
     """The cases, without flags that their form tells."""
     yield Case(
         name="infinity_former/one_segment",
-        spec=InfinityFormer(segment=6, contraction=None, basis=8, sigmas=(0.125, 0.25)),
-        sizes=tokens(11, (4, 2), (5, 4, 3)),
+        spec=InfinityFormer(segment=5, basis=8, sigmas=(0.125, 0.25)),
+        sizes=tokens(13, (4, 2), (5, 4, 3)),
         want=("out", "kl", "vjp"),
         cotangents={"dkl": Recipe(exp2=-12)},
         catches="points at l / L, a fit without the zeros outside [0, 1], a density renormalised to [0, 1]",
@@ -76,8 +92,8 @@ def listed() -> Iterator[Case]:
         catches="samples of the past read at contraction · m / M instead of m / M; gradients through the past memory",
     )
     yield Case(
-        name="infinity_former/points_l_over_L",
-        spec=InfinityFormer(segment=3, positions="i_over_L", contraction=0.5, ridge=0.5, scale=0.75, **SMALL),
+        name="infinity_former/points_l_over_l",
+        spec=InfinityFormer(segment=3, positions="i_over_L", ridge=0.5, scale=0.75, **SMALL | {"contraction": 0.5}),
         sizes=tokens(12, (2, 2), (4, 4, 4)),
         dtype="bfloat16",
         want=("out", "kl", "vjp"),
@@ -105,20 +121,20 @@ def listed() -> Iterator[Case]:
     yield Case(
         name="infinity_former/sticky",
         spec=InfinityFormer(segment=4, sticky=True, bins=16, **SMALL),
-        sizes=tokens(13, (2, 2), (4, 4, 3)),
-        inputs={"drawn": bins(16)},
+        sizes=tokens(15, (2, 2), (4, 4, 3)),
+        inputs={"drawn": bins(16), "w_sigma": CALM},
         want=(*PUBLISHED, "histogram"),
-        cotangents={"dhistogram": NORMAL, "dstate_histogram": NORMAL},
-        catches="samples left in the order drawn, or read in the middle of their bins; a histogram of one head or token",
+        cotangents={"dhistogram": left_half(16), "dstate_histogram": left_half(16, rank=2, value=128.0)},
+        catches="samples left in the order drawn, or read inside their bins; a histogram of one head or token",
     )
     yield Case(
         name="infinity_former/sticky_history",
         spec=InfinityFormer(segment=5, sticky=True, bins=8, density="sparsemax", **SMALL),
         sizes=tokens(9, (2, 1), (3, 4, 3)),
         history=13,
-        inputs={"drawn": bins(8), "state_histogram": Recipe(kind="constant", value=0.5)},
+        inputs={"drawn": bins(8), "state_histogram": Recipe(kind="constant", value=0.5), "w_sigma": CALM},
         want=(*PUBLISHED, "histogram"),
-        cotangents={"dhistogram": NORMAL},
+        cotangents={"dhistogram": left_half(8)},
         catches="a histogram begun by every call: that of 3 tokens of the open segment is there already",
     )
     yield Case(
@@ -132,7 +148,9 @@ def listed() -> Iterator[Case]:
     )
     yield Case(
         name="infinity_former/narrow_basis",
-        spec=InfinityFormer(segment=8, basis=16, sigmas=(0.03125, 0.0625), samples=16, prior_mean=0.5),
+        spec=InfinityFormer(
+            segment=8, basis=16, sigmas=(0.03125, 0.0625), samples=16, contraction=0.75, prior_mean=0.5
+        ),
         sizes=tokens(20, (1, 1), (3, 4, 3)),
         inputs={"w_sigma": Recipe(exp2=-8, edits=(Edit(at=(None,), op="add", value=-1.0),))},
         want=PUBLISHED,
@@ -140,30 +158,46 @@ def listed() -> Iterator[Case]:
     )
     yield Case(
         name="infinity_former/tokens_300",
-        spec=InfinityFormer(segment=64, samples=32, basis=8, sigmas=(0.125, 0.25)),
+        spec=InfinityFormer(segment=64, **SMALL | {"samples": 32}),
         sizes=tokens(300, (1, 1), (2, 2, 2)),
-        dtype="bfloat16",
+        inputs={"x": above(1.0), "q": above(1.0, rank=4), "w_sigma": CALM},
         want=("out", "vjp"),
+        cotangents={"dout": POSITIVE},
         catches="a memory fitted a token early or late: the last segment has 44 tokens",
     )
     yield Case(
         name="infinity_former/sticky_257",
-        spec=InfinityFormer(segment=100, samples=16, basis=8, sigmas=(0.125, 0.25), sticky=True, bins=8),
+        spec=InfinityFormer(segment=100, sticky=True, bins=8, **SMALL | {"samples": 16}),
         sizes=tokens(257, (1, 1), (2, 2, 2)),
-        dtype="float16",
         history=150,
-        inputs={"drawn": bins(8), "state_histogram": Recipe(kind="constant", value=0.5)},
+        inputs={
+            "drawn": bins(8),
+            "x": above(-1.0),
+            "q": above(1.0, rank=4),
+            "w_sigma": CALM,
+            "state_histogram": Recipe(kind="constant", value=0.5),
+        },
         want=("out", "kl", "state", "vjp"),
-        cotangents={"dstate_histogram": NORMAL},
-        catches="a memory fitted where calls end instead of at tokens 50, 150 and 250",
+        cotangents={"dout": POSITIVE, "dhistogram": left_half(8)},
+        catches="a memory fitted where calls end instead of at tokens 50, 150 and 250 of this one",
     )
     yield Case(
         name="infinity_former/tokens_513",
         spec=InfinityFormer(segment=128, contraction=0.5, positions="i_over_L", samples=16, basis=4, sigmas=(0.25,)),
         sizes=tokens(513, (1, 1), (1, 2, 1)),
         dtype="float16",
+        inputs={"x": above(1.0)},
         want=("out", "vjp"),
+        cotangents={"dout": POSITIVE},
         catches="sums over a segment's tokens in 16 bits",
+    )
+    yield Case(
+        name="infinity_former/sparsemax_259",
+        spec=InfinityFormer(segment=129, density="sparsemax", basis=6, sigmas=(0.125,)),
+        sizes=tokens(259, (1, 1), (2, 3, 2)),
+        inputs={"x": above(-1.0)},
+        want=("out", "kl", "vjp"),
+        catches="an odd segment padded as an even one: 128 points outside [0, 1], not 129 or 130",
     )
     yield Case(
         name="infinity_former/float64",

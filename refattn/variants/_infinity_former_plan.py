@@ -58,28 +58,29 @@ def lower(spec: Any, x: Mapping[str, Any], state: Mapping[str, Any]) -> Recurren
         memories.append(moves[-1] @ memories[-1] + fresh)
 
     number = (ahead + np.arange(x["x"].shape[1])) // spec.segment
-    here = np.stack(memories)[number].transpose(1, 0, 2, 3) if count else np.zeros((len(tokens), 0, spec.basis, 1))
+    here = np.stack(memories)[number].transpose(1, 0, 2, 3)
     read = means(spec, basis, *parameters(spec, basis, x, here))
     values = np.einsum("bie,ged->bgid", signal, x["wv"])
-    shape = (len(tokens), values.shape[1])
-    if not spec.sticky:
-        k = np.broadcast_to(news[:, None], (*shape, *news.shape[1:]))
-        moved = transition(spec, basis, past, None, 1)[0] if spec.contraction is not None else np.zeros((spec.basis,) * 2)
-        memory = np.einsum("bne,ged->bgnd", memories[0], x["wv"])
-        return Recurrent(q=read, k=k, v=values, memory=memory, transition=moved, segment=spec.segment)
-    return unrolled(spec, read, number, news, values, memories[0], moves, x["wv"])
+    if spec.sticky:
+        read, news, first = unrolled(spec, number, read, news, memory=memories[0], moves=moves)
+        moved = None
+    else:
+        first, moved = memories[0], transition(spec, basis, past, None, 1)[0]
+    k = np.broadcast_to(news[:, None], (len(tokens), values.shape[1], *news.shape[1:]))
+    memory = np.einsum("bne,ged->bgnd", first, x["wv"])
+    return Recurrent(q=read, k=k, v=values, memory=memory, transition=moved, segment=spec.segment)
 
 
 def unrolled(
-    spec: Any, read: Floats, number: Any, news: Floats, values: Floats, memory: Floats, moves: list[Floats], wv: Floats
-) -> Recurrent:
+    spec: Any, number: Any, read: Floats, news: Floats, *, memory: Floats, moves: list[Floats]
+) -> tuple[Floats, Floats, Floats]:
     """A block of N features for each segment; what a token or the first memory is there, all moves until then made."""
     batch, length, n = news.shape
-    count = len(moves) + 1
-    q = np.zeros((*read.shape[:3], count * n))
-    k, first = np.zeros((batch, length, count * n)), np.zeros((batch, count * n, memory.shape[2]))
+    size = (len(moves) + 1) * n
+    q = np.zeros((*read.shape[:3], size))
+    k, first = np.zeros((batch, length, size)), np.zeros((batch, size, memory.shape[2]))
     first[:, :n] = memory
-    for block in range(count):
+    for block in range(len(moves) + 1):
         at = slice(block * n, block * n + n)
         q[..., at] = read * (number == block)[:, None]
         if block:
@@ -88,14 +89,7 @@ def unrolled(
             k[:, :, at] = np.einsum("bnm,bim->bin", move, k[:, :, back])
             part = slice((block - 1) * spec.segment, block * spec.segment)
             k[:, part, at] = news[:, part]
-    shape = (batch, values.shape[1], length, count * n)
-    return Recurrent(
-        q=q,
-        k=np.broadcast_to(k[:, None], shape),
-        v=values,
-        memory=np.einsum("bne,ged->bgnd", first, wv),
-        segment=spec.segment,
-    )
+    return q, k, first
 
 
 def features(spec: Any, basis: Basis, contracted: bool) -> Floats:
@@ -116,7 +110,7 @@ def features(spec: Any, basis: Basis, contracted: bool) -> Floats:
 
 
 def outside(count: int, shift: Fraction, contracted: bool) -> list[Fraction]:
-    """Points of the doubled grid on either side of [0, 1]; a segment's own stand at the centres of cells of 1 / count."""
+    """Points of the doubled grid beyond [0, 1]; a segment's own stand at the centres of cells of 1 / count."""
     if not contracted:
         cells = [Fraction(2 * i + 1, 2 * count) for i in range(count // 2)]
         return [-t for t in cells] + [1 + t for t in cells]
@@ -149,7 +143,7 @@ def parameters(spec: Any, basis: Basis, x: Mapping[str, Any], here: Floats) -> t
     groups = x["wk"].shape[0]
     grouped = x["q"].reshape(batch, groups, heads // groups, count, width)
     wide = np.einsum("bgrid,ged->bgrie", grouped, x["wk"]).reshape(batch, heads, count, x["wk"].shape[1])
-    a = spec.scale * np.einsum("bhie,bine->bhin", wide, here) if count else np.zeros((batch, heads, 0, spec.basis))
+    a = spec.scale * np.einsum("bhie,bine->bhin", wide, here)
     if spec.parameters == "moments":
         p = np.exp(a - np.logaddexp.reduce(a, -1, keepdims=True))
         mu = p @ basis.centres
@@ -170,7 +164,8 @@ def means(spec: Any, basis: Basis, mu: Floats, variance: Floats) -> Floats:
         alpha = 1 / (2 * variance) + 1 / (2 * square)
         beta = mu / variance + centre / square
         gamma = -(mu**2) / (2 * variance) - centre**2 / (2 * square)
-        return np.asarray(np.sqrt(np.pi / alpha) * np.exp(beta**2 / (4 * alpha) + gamma) / (2 * np.pi * np.sqrt(variance * square)))
+        size = np.sqrt(np.pi / alpha) / (2 * np.pi * np.sqrt(variance * square))
+        return np.asarray(size * np.exp(beta**2 / (4 * alpha) + gamma))
     a = np.cbrt(1.5 * variance)
     found = np.zeros((*mu.shape[:-1], spec.basis))
     panels = 16

@@ -15,17 +15,19 @@ memory B (N,E), which all queries of the segment have read, is fitted anew by ri
 No gradient goes through B̄. What is n segments old fills (1 − τ) τⁿ of [0, 1], τ the contraction. A first segment finds
 no memory: out, kl and histogram are 0. `out` is added to the short-term attention by the caller, before W_O.
 
-x (B,L,E) the layer's input on its way to long-term memory; q (B,Hq,L,D); wk (Hkv,E,D); wv (Hkv,E,Dv); w_mu, w_sigma (N,),
-one for all heads. kl (B,Hq,L) is the divergence (σ²/s² − ln(σ²/s²) − 1 + (μ − m)²/s²) / 2 of N(μ, σ²) from a prior, its
-last term where `prior_mean` is given. State: the memory, and the tokens of the segment, a full one until the next begins.
+x (B,L,E) the layer's input on its way to long-term memory; q (B,Hq,L,D); wk (Hkv,E,D); wv (Hkv,E,Dv); w_mu, w_sigma
+(N,), one for all heads. kl (B,Hq,L) is the divergence (σ²/s² − ln(σ²/s²) − 1 + (μ − m)²/s²) / 2 of N(μ, σ²) from a
+prior, its last term where `prior_mean` is given. State: the memory, and the tokens of the segment, of a full one until
+the next begins.
 
-Sticky memories: samples are read at the left ends of M drawn bins of [0, 1], sorted, and stand where the others would.
+Sticky memories: samples are read at the left ends of M drawn bins of [0, 1], sorted, and placed where the others are.
 `histogram` (B,L,bins) is the mass that N(μ, σ²) of all queries of the segment so far put into each bin, normalised; its
 row of a segment's last token is what the authors draw from, and `drawn` (B,L,M) is read at the first token of the next.
 
-Source: Martins, Marinho, Martins, arXiv 2109.00301, sections 3 and 4, and the code of its authors (deep-spin), which was
-read: centred points and padding, samples at m/M, clamping, left ends, divergence, parameters="moments" (μ and σ² of a
-mixture of the basis by softmax(a)) and the mask net (x times σ of a convolution of width 3) are from there.
+Source: Martins, Marinho, Martins, arXiv 2109.00301, sections 3 and 4, and its authors' code, deep-spin/infinite-former,
+that was read: centred points and padding, samples at m/M, clamping, left ends, the divergence, parameters="moments"
+(μ and σ² of the mixture of the basis by softmax(a)) and the mask net (x times σ of a convolution of width 3 over the
+segment) are from there. The paper's section numbers are recalled.
 
 Differs from: the paper, which sets t_l = l/L (positions="i_over_L") and draws inside a bin; the GPT-2 code, which adds
 the prior's mean only where it is not positive (prior_mean=None where it is), and whose odd segments with a memory fail.
@@ -42,8 +44,21 @@ import numpy as np
 from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
-from refattn.numeric import concatenate, einsum, extend, maximum, real, reshape, row_max, sigmoid, softplus, stop, stored
-from refattn.numeric import take, total
+from refattn.numeric import (
+    concatenate,
+    einsum,
+    extend,
+    maximum,
+    real,
+    reshape,
+    row_max,
+    sigmoid,
+    softplus,
+    stop,
+    stored,
+    take,
+    total,
+)
 from refattn.plan import Recurrent
 from refattn.spec import Array, Spec, dyadic
 from refattn.variants import _densities as densities
@@ -74,7 +89,7 @@ class InfinityFormer(Spec):
     basis: int = 512
     sigmas: tuple[float, ...] = (0.01, 0.05)
     ridge: float = 1.0
-    contraction: float | None = 0.75
+    contraction: float | None = None
     samples: int = 512
     positions: Literal["centre_padded", "i_over_L"] = "centre_padded"
     density: Literal["softmax", "sparsemax"] = "softmax"
@@ -109,8 +124,6 @@ class InfinityFormer(Spec):
             raise SpecError(f"sigmas, {', '.join(_SIZES)} are positive; given: {self}")
         if self.contraction is not None and not 0 < self.contraction < 1:
             raise SpecError(f"contraction lies between 0 and 1, or is None; given: {self.contraction}")
-        if self.sticky and self.contraction is None:
-            raise SpecError("sticky=True draws from a memory that is contracted, and contraction is None")
         if self.bias and self.parameters == "moments":
             raise SpecError("bias=True adds to affine parameters, and parameters is 'moments'")
 
@@ -273,7 +286,7 @@ def cases() -> Iterator[Case]:
 
 
 def lower(spec: InfinityFormer, x: Mapping[str, Any], state: Mapping[str, Any]) -> Recurrent:
-    """One recurrence: the memory's coefficients, already projected, read by features r and written by those of a fit."""
+    """One recurrence: the memory's coefficients, projected already, read by features r, written by those of a fit."""
     from refattn.variants._infinity_former_plan import lower as lowered
 
     return lowered(spec, x, state)
