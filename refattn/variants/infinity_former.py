@@ -12,7 +12,8 @@ memory B (N,E), which all queries of the segment have read, is fitted anew by ri
     ever after        B' = the same of M samples B̄ᵀψ(m/M) at contraction·m/M, m = 1..M, and of X behind them, x_l at
                            contraction + (1 − contraction) l/L,  l = 1..L
 
-No gradient goes through B̄. What is n segments old fills (1 − τ) τⁿ of [0, 1], τ the contraction. A first segment finds
+with t_l = (l − ½)/L in the first fit, and zeros to be fitted at as many points outside [0, 1] as inside, to which the
+grid over [−½, 1½] is cut (positions="centre_padded"). No gradient goes through B̄. What is n segments old fills (1 − τ) τⁿ of [0, 1], τ the contraction. A first segment finds
 no memory: out, kl and histogram are 0. `out` is added to the short-term attention by the caller, before W_O.
 
 x (B,L,E) the layer's input on its way to long-term memory; q (B,Hq,L,D); wk (Hkv,E,D); wv (Hkv,E,Dv); w_mu, w_sigma
@@ -29,8 +30,9 @@ that was read: centred points and padding, samples at m/M, clamping, left ends, 
 (μ and σ² of the mixture of the basis by softmax(a)) and the mask net (x times σ of a convolution of width 3 over the
 segment) are from there. The paper's section numbers are recalled.
 
-Differs from: the paper, which sets t_l = l/L (positions="i_over_L") and draws inside a bin; the GPT-2 code, which adds
-the prior's mean only where it is not positive (prior_mean=None where it is), and whose odd segments with a memory fail.
+Differs from: the paper, which sets t_l = l/L, has no zeros (positions="i_over_L") and draws inside a bin; the GPT-2
+code, which adds the prior's mean only where it is not positive (so prior_mean=None where it is); the authors' code
+throughout, which fails where an odd segment is contracted. None of it runs as published: there is no live peer.
 """
 
 from __future__ import annotations
