@@ -12,9 +12,10 @@ memory B (N,E), which all queries of the segment have read, is fitted anew by ri
     ever after        B' = the same of M samples B̄ᵀψ(m/M) at contraction·m/M, m = 1..M, and of X behind them, x_l at
                            contraction + (1 − contraction) l/L,  l = 1..L
 
-with t_l = (l − ½)/L in the first fit, and zeros to be fitted at as many points outside [0, 1] as inside, to which the
-grid over [−½, 1½] is cut (positions="centre_padded"). No gradient goes through B̄. What is n segments old fills (1 − τ) τⁿ of [0, 1], τ the contraction. A first segment finds
-no memory: out, kl and histogram are 0. `out` is added to the short-term attention by the caller, before W_O.
+with t_l = (l − ½)/L in the first fit, and in both with zeros at those points of a grid over [−½, 1½], of twice as many,
+that lie outside [0, 1] (positions="centre_padded"). No gradient goes through B̄. What is n segments old fills (1 − τ) τⁿ
+of [0, 1], τ the contraction. A first segment finds no memory: out, kl and histogram are 0. `out` is added to the
+short-term attention by the caller, before W_O.
 
 x (B,L,E) the layer's input on its way to long-term memory; q (B,Hq,L,D); wk (Hkv,E,D); wv (Hkv,E,Dv); w_mu, w_sigma
 (N,), one for all heads. kl (B,Hq,L) is the divergence (σ²/s² − ln(σ²/s²) − 1 + (μ − m)²/s²) / 2 of N(μ, σ²) from a
