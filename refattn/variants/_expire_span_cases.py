@@ -69,7 +69,7 @@ def listed() -> Iterator[Case]:
         inputs={"state_spans": edited(Recipe(exp2=-9), Edit(at=(None, None), op="add", value=2.5))},
         cotangents={"dstate_spans": NORMAL, "dstate_v": NORMAL, **LOSS},
         want=EVERYTHING,
-        catches="ages counted from the call's first token; a memory of max_span tokens, which forgets those on the ramp",
+        catches="ages counted from the call's first token; a memory of max_span tokens, without those on the ramp",
     )
     yield Case(
         name="expire_span/own_lags",
@@ -84,7 +84,6 @@ def listed() -> Iterator[Case]:
         name="expire_span/epsilon",
         spec=ExpireSpan(max_span=5, ramp=3, epsilon=0.125, lags=9, scale=0.75),
         sizes=tokens(9, (2, 2), (3, 4), batch=2),
-        dtype="bfloat16",
         inputs={"span_bias": numbers(-1.0)},
         cotangents=LOSS,
         want=NO_STATE,

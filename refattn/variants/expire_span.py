@@ -7,9 +7,9 @@ r"""Expire-Span: every token decides how long it is remembered, and what has exp
     lse[h,t] = log(Σ_j m_tj e^s + epsilon Σ_j [m_tj > 0] e^s),     s the logits of the softmax
     loss_t = coefficient Σ_j min(r_tj, 0) / ramp over the same j
 
-q (B,Hq,L,D); k (B,Hkv,L,D); v (B,Hkv,L,Dv); hidden (B,L,E); span_weight w (E,), span_bias b (1,), one span for all heads
-of a layer. c: `lags` learned vectors position_keys (lags,D), that of the nearest key first; farther keys have none.
-outputs: spans e (B,L) besides. A token precedes itself where own="included"; the default is the paper's and the code's,
+q (B,Hq,L,D); k (B,Hkv,L,D); v (B,Hkv,L,Dv); hidden (B,L,E); span_weight w (E,), span_bias b (1,), a span for all heads.
+c: `lags` learned vectors position_keys (lags,D), that of the nearest key first; farther keys have none. Spans e (B,L)
+are an output too. A token precedes itself where own="included"; the default is the paper's and the code's,
 "excluded", so that the first token sees nothing: its out is 0, its lse −∞. A row whose last key expires does the same;
 out jumps there where epsilon = 0, and nowhere else, while epsilon > 0 lets it fade and instead moves out by the order
 of epsilon where any key expires.
