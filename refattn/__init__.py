@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from refattn import errors
+from refattn import draws, errors
 from refattn.api import attention, evaluate, explain, init_state, load_state, step, vjp
 from refattn.registry import class_named, spec, variants
 from refattn.state import State
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "State",
     "attention",
+    "draws",
     "errors",
     "evaluate",
     "explain",

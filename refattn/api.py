@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -219,6 +220,7 @@ def vjp(
     given, duals = _present("inputs", inputs), _present("cotangents", cotangents)
     problem = build(spec, _numpy(given), dtype, ("out",))
     shapes = {name: a.shape(problem.sizes) for name, a in problem.outputs.items()}
+    shapes = {name: shape for name, shape in shapes.items() if name not in problem.integer_outputs}
     weights = {name: to_numpy(c, f"d{name}") for name, c in duals.items()}
     if not weights:
         raise ShapeError(f"cotangents are empty: give that of at least one output of {shapes}")
@@ -232,6 +234,7 @@ def vjp(
     if set(names) - set(real):
         raise SpecError(f"wrt names {sorted(set(names) - set(real))}, but the real inputs given are {list(real)}")
     saved = None if outputs is None else _numpy(_present("outputs", outputs))
+    problem = replace(problem, want=tuple(weights))
     found = _engine(engine, problem).vjp(problem, weights, names, saved)
     kept = _rounded(Outputs({f"d{n}": found[f"d{n}"] for n in names}, found.status), problem)
     like = next(iter(given.values()), None)
@@ -257,7 +260,7 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
             raise ShapeError(f"sizes are integers from 0 on; given: {dim}={size!r}")
     kinds = {"real": format_of(dtype).numpy, "int": np.int64, "bool": bool}
     needed = {n: a for n, a in signature.items() if not a.optional}
-    inputs = {n: np.zeros(a.shape(sizes), kinds[a.kind]) for n, a in needed.items()}
+    inputs = {n: np.full(a.shape(sizes), a.domain == "positive", kinds[a.kind]) for n, a in needed.items()}
     problem = build(whole, inputs, dtype, ("out",))
     engines: dict[str, str | None] = {}
     for name in registry.ENGINES:
@@ -334,8 +337,9 @@ def _engine(name: str, problem: Problem) -> Any:
 
 
 def _rounded(outputs: Outputs, problem: Problem, state_dtype: Any = None) -> Outputs:
-    """Each output rounded once: to the problem's dtype, lse to float64 or float32, a state to its own."""
+    """Each output rounded once: to the problem's dtype, lse to float64 or float32, a state to its own; or int64."""
     wide = np.dtype(np.float64 if problem.dtype == np.float64 else np.float32)
+    integers = problem.integer_outputs
 
     def rounded(name: str, array: Any) -> Any:
         dtype = wide if name == "lse" else problem.dtype
@@ -344,7 +348,7 @@ def _rounded(outputs: Outputs, problem: Problem, state_dtype: Any = None) -> Out
             # The caches of a float64 stream are not touched, so not copied.
             if dtype == array.dtype:
                 return array
-        return round_to(array, dtype)
+        return array.astype(np.int64) if name in integers else round_to(array, dtype)
 
     return Outputs({n: rounded(n, a) for n, a in outputs.items()}, outputs.status)
 

@@ -67,6 +67,11 @@ class Problem:
         own: dict[str, Array] = self.variant.outputs(self.spec)
         return own | state_arrays(self.variant, self.spec, self.length + self.sizes.get("L", 0))
 
+    @property
+    def integer_outputs(self) -> set[str]:
+        """Names of the outputs that are integers: exact in every space, without a cotangent."""
+        return {name for name, array in self.outputs.items() if array.kind == "int"}
+
     def real_inputs(self) -> dict[str, NDArray[Any]]:
         """The inputs that have gradients."""
         return {name: a for name, a in self.inputs.items() if self.signature[name].kind == "real"}
@@ -101,7 +106,10 @@ class Problem:
         return {name: a for name, a in x.items() if name not in wanted}, state
 
     def differentiate(self, convert: Any, cotangents: Mapping[str, NDArray[Any]], wrt: Sequence[str]) -> dict[str, Any]:
-        """Outputs, and the gradients d<name> of the named inputs, from the same text on the tape."""
+        """Outputs, and the gradients d<name> of the named inputs, from the same text on the tape.
+
+        Integer outputs come as exact numbers of the space, so that an engine has one kind of number to deal with.
+        """
         tape = Tape()
         x = self.lift(convert)
         leaves = {name: tape.variable(x[name]) for name in wrt}
@@ -109,6 +117,7 @@ class Problem:
         pairs = [(outputs[name], convert(np.asarray(c, np.float64))) for name, c in cotangents.items()]
         gradients = tape.gradients(pairs, list(leaves.values()))
         values = {name: getattr(output, "value", output) for name, output in outputs.items()}
+        values |= {name: convert(np.asarray(values[name], np.float64)) for name in self.integer_outputs}
         return values | {f"d{name}": g for name, g in zip(wrt, gradients, strict=True)}
 
     @property
@@ -139,8 +148,10 @@ class Problem:
         Raises
         ------
         Unsupported
-            It lowers to something else.
+            It lowers to something else, or not at all.
         """
+        if isinstance(self.plan, str):
+            raise Unsupported(f"{self.spec.variant} has no plan: {self.plan}")
         if not isinstance(self.plan, Score):
             raise Unsupported(f"{self.spec.variant} lowers to {type(self.plan).__name__}, where a Score is needed")
         return self.plan
@@ -240,6 +251,8 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 def _check_domain(name: str, domain: str, given: NDArray[Any], sizes: Mapping[str, int]) -> None:
     kind, _, dim = domain.partition(":")
+    if kind == "positive" and not all(0 < number < np.inf for number in given.astype(np.float64).flat):
+        raise ShapeError(f"{name} must hold finite numbers above 0; given: {given.tolist()}")
     if kind == "positions" and given.size and max(-int(given.min()), int(given.max())) > _FARTHEST:
         raise ShapeError(f"{name} must lie between -2^52 and 2^52; given: {given.min()} to {given.max()}")
     if kind == "indices" and given.size and (given.min() < 0 or given.max() >= sizes[dim]):

@@ -119,6 +119,14 @@ class Tape:
         """d cos x = −sin x dx."""
         return self._node(numeric.cos(x.value), (x, lambda g: -g * numeric.sin(x.value)))
 
+    def sin_pi(self, turns: Any) -> Any:
+        """A constant: of the inner space of whatever has been recorded."""
+        return numeric.sin_pi(turns, like=self.nodes[0].value)
+
+    def cos_pi(self, turns: Any) -> Any:
+        """A constant likewise."""
+        return numeric.cos_pi(turns, like=self.nodes[0].value)
+
     def sqrt(self, x: Any) -> Any:
         """d √x = dx / (2 √x)."""
         node = self._node(numeric.sqrt(x.value), (x, lambda g: g / (2 * node.value)))
@@ -185,9 +193,9 @@ class Tape:
 
     def take(self, x: Any, indices: Any, axis: int) -> Any:
         """An entry read several times sums its cotangents."""
-        hits = (np.arange(x.shape[axis])[:, None] == np.asarray(indices).reshape(-1)).astype(np.int64)
 
         def back(g: Any) -> Any:
+            hits = (np.arange(x.shape[axis])[:, None] == np.asarray(indices).reshape(-1)).astype(np.int64)
             order = [axis] + [i for i in range(x.ndim) if i != axis]
             rest = tuple(x.shape[i] for i in order[1:])
             flat = numeric.reshape(numeric.transpose(g, order), (hits.shape[1], int(np.prod(rest))))

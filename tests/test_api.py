@@ -323,3 +323,33 @@ def test_names_are_found_when_asked_for():
     assert ra.__version__.count(".") == 2
     with pytest.raises(AttributeError, match="refattn has no 'Flash'"):
         _ = ra.Flash
+
+
+# Outputs that are integers, and variants without a plan
+
+
+CHOICE = {"q": np.eye(3)[None, None], "k": np.eye(3)[None, None], "v": np.ones((1, 1, 3, 2))}
+CHOICE["sample"] = np.array([[1], [1], [2]])
+
+
+@pytest.mark.parametrize("engine", ["reference", "certified"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_an_integer_output_is_int64_whatever_the_dtype(dtype, engine):
+    """Only queries 1 and 2 meet their own key: M = 1 − 1/3; they tie, the lower first."""
+    x = {name: a.astype(DTYPES[dtype]) for name, a in CHOICE.items() if name != "sample"}
+    found = ra.evaluate(ra.Informer(queries=2), x | {"sample": CHOICE["sample"]}, want=("indices",), engine=engine)
+    same(found.indices, np.array([[[1, 2]]]))
+    assert set(found.status) == ({"indices"} if engine == "certified" else set())
+
+
+def test_an_integer_output_has_no_cotangent():
+    with pytest.raises(ShapeError, match=r"cotangent of 'indices' has shape .* expected one of {'out': .* 'margin': "):
+        ra.vjp(ra.Informer(), CHOICE, {"indices": np.ones((1, 1, 3))})
+
+
+def test_a_variant_without_a_plan_says_why():
+    problem = api.build(ra.Informer(), CHOICE, "float64", ("out",))
+    with pytest.raises(Unsupported, match="informer has no plan: a plan has no rows chosen by rank"):
+        _ = problem.score
+    with pytest.raises(Unsupported, match="engine 'cpu' does not take this problem: informer has no plan: a plan"):
+        ra.evaluate(ra.Informer(), CHOICE, engine="cpu")

@@ -260,10 +260,10 @@ def defaults_instead(case: Case, spec: Any, arrays: dict[str, Any]) -> Iterator[
         given, default = getattr(spec, field.name), field.default
         if default is MISSING or given == default or field.name in ("scale", "axes", "width"):
             continue
-        other = replace(spec, **{field.name: default})
-        taken = registry.info(spec.variant).module.signature(other)
-        kept = {name: array for name, array in arrays.items() if name in taken}
         try:
+            other = replace(spec, **{field.name: default})
+            taken = registry.info(spec.variant).module.signature(other)
+            kept = {name: array for name, array in arrays.items() if name in taken}
             api.build(other, kept, case.dtype, ("out",))
         except RefattnError:
             continue

@@ -107,7 +107,9 @@ def bounds(problem: Problem, weights: Mapping[str, Any], wrt: tuple[str, ...], p
                 f"a choice in this {problem.spec.variant} problem hangs on less than what a {profile.name} kernel may "
                 f"be off by, so it has no verdict: give inputs that are further apart ({error})"
             ) from None
-        return {name: _with_output_rounding(name, b, problem) for name, b in found.items()}
+        limits = {name: _with_output_rounding(name, b, problem) for name, b in found.items()}
+    # An index is the right one or a wrong one.
+    return limits | {name: np.zeros(found[name].shape) for name in problem.integer_outputs}
 
 
 def _with_output_rounding(name: str, b: Bounded, problem: Problem) -> NDArray[np.float64]:
@@ -154,6 +156,8 @@ def _manifest(
         n: entry | {"shape": list(tensors[n].shape), "sha256": recipes.sha256(tensors[n])}
         for n, entry in status.items()
     }
+    for name in problem.integer_outputs & outputs.keys():
+        outputs[name]["kind"] = "int"
     manifest = {
         "schema": SCHEMA,
         "id": case.name,

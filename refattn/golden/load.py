@@ -66,7 +66,7 @@ class Golden:
         """The problem as recipes."""
         given = {n: _recipe(entry["recipe"]) for n, entry in self.manifest["inputs"].items()}
         duals = {f"d{n}": _recipe(entry["recipe"]) for n, entry in self.manifest["cotangents"].items()}
-        want = tuple(name for name in self.expected if not name.startswith("d")) + (("vjp",) if duals else ())
+        forward = tuple(n for n in self.manifest["outputs"] if not n.startswith("d"))
         return Case(
             name=self.name,
             spec=self.spec,
@@ -75,7 +75,7 @@ class Golden:
             dtype=self.dtype,
             inputs=given,
             cotangents=duals,
-            want=want,
+            want=(*forward, "vjp") if duals else forward,
             flags=self.flags,
             rows=self.rows,
             history=self.history,

@@ -53,7 +53,9 @@ def compare(golden: Golden, results: Mapping[str, Any]) -> list[Comparison]:
 
 
 def output_dtype(golden: Golden, name: str) -> str:
-    """The dtype an output is rounded to: lse and the gradients of scores and slopes stay wide."""
+    """The dtype an output is rounded to: lse and the gradients of scores and slopes stay wide, integers are whole."""
+    if golden.manifest["outputs"][name].get("kind") == "int":
+        return "float64"
     wide = name == "lse" or name[1:] in FLOAT32_INPUTS
     return "float32" if wide and golden.dtype != "float64" else golden.dtype
 

@@ -18,10 +18,11 @@ Duals = Mapping[str, np.ndarray]
 
 
 def call(fn: Callable[..., Any], takes: Declared, offer: Offer, duals: Duals, arrays: str) -> dict[str, np.ndarray]:
-    """Run fn on a case; `duals` are the cotangents of out and lse, full size.
+    """Run fn on a case; `duals` are the cotangents of its outputs, full size.
 
     Gradients come from fn where it returns them (a parameter `dout`, and `dlse` where lse has a cotangent, receives
-    what they are gradients for), else from the framework's own differentiation.
+    what they are gradients for; without all of these they are not compared), else from the framework's own
+    differentiation.
     """
     arguments = dict(offer.arguments)
     if "dout" in takes.names and duals:
@@ -33,8 +34,8 @@ def call(fn: Callable[..., Any], takes: Declared, offer: Offer, duals: Duals, ar
     else:
         results = _jax(fn, arguments, offer.leaves, duals)
     home = {_named(name, offer.leaves): to_numpy(a, name) for name, a in results.items()}
-    if "dout" in takes.names and "lse" in duals and "dlse" not in takes.names:
-        return {name: a for name, a in home.items() if name in ("out", "lse")}
+    if "dout" in takes.names and any(f"d{name}" not in takes.names for name in duals):
+        return {name: a for name, a in home.items() if not name.startswith("d")}
     return home
 
 
@@ -104,13 +105,20 @@ def _jax(fn: Any, arguments: Mapping[str, Any], leaves: Mapping[str, str], duals
     if not duals:
         return _mapping(fn(**given))
     variable = {name: given.pop(name) for name in leaves}
-    results, pull = jax.vjp(lambda x: _mapping(fn(**given, **x)), variable)
+
+    def run(x: Any) -> Any:
+        """Results with a derivative, and beside them the integers."""
+        found = _mapping(fn(**given, **x))
+        whole = {name: a for name, a in found.items() if a.dtype.kind in "iub"}
+        return {name: a for name, a in found.items() if name not in whole}, whole
+
+    results, pull, integers = jax.vjp(run, variable, has_aux=True)
     if any(f"d{name}" in results for name in leaves) or not set(duals) <= set(results):
-        return dict(results)
+        return {**results, **integers}
     for name, dual in duals.items():
         if results[name].shape != dual.shape:
             raise ShapeError(f"{name} has shape {tuple(results[name].shape)}; expected {tuple(dual.shape)}")
     zero = {name: jax.numpy.zeros_like(r) for name, r in results.items()}
     weights = {name: _to(dual, like).astype(results[name].dtype) for name, dual in duals.items()}
     (found,) = pull(zero | weights)
-    return dict(results) | {f"d{name}": g for name, g in found.items()}
+    return {**results, **integers, **{f"d{name}": g for name, g in found.items()}}
