@@ -18,7 +18,11 @@ from refattn.trigonometric import half_turns
 
 def real(value: Any, like: Any) -> Any:
     """An exact number in the space of `like`: int, Fraction, a float as the dyadic it is, or an array of these."""
-    return space_of(like).real(value)
+    space = space_of(like)
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        parts = [reshape(space.real(number), (1,)) for number in value.flat]
+        return reshape(concatenate(parts, 0), value.shape)
+    return space.real(value)
 
 
 def constant(formula: Callable[[Any], Any], like: Any) -> Any:

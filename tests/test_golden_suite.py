@@ -103,7 +103,7 @@ def test_gradients_are_published_for_nearly_every_case() -> None:
 
 def test_the_files_stay_within_their_budget() -> None:
     sizes = [path.stat().st_size for path in folder_of_suite().rglob("*") if path.is_file()]
-    assert sum(sizes) <= 4 * KIB * KIB
+    assert sum(sizes) <= 13 * KIB * len(CASES)
     assert max(sizes) <= 128 * KIB
 
 
@@ -251,7 +251,9 @@ def mistakes(case: Case) -> Iterator[Mistake]:
 
 
 # What no output shows, although the case sets it: the reason.
-INVISIBLE: dict[tuple[str, str], str] = {}
+INVISIBLE = {
+    ("skeinformer/every_key_257", "default reuse_pilot"): "where every key is drawn a row is exact, reused or not",
+}
 
 
 def defaults_instead(case: Case, spec: Any, arrays: dict[str, Any]) -> Iterator[Mistake]:

@@ -202,8 +202,6 @@ def listed() -> Iterator[Case]:
         (3, 1025),
         (3, 2),
         (2, 2),
-        dtype="bfloat16",
-        exp2=-7,
         catches="an array cut to whole tiles, or a mean over 1025 elements in 16 bits",
     )
     yield case_of(

@@ -80,6 +80,7 @@ def listed() -> Iterator[Case]:
         sizes=sizes(6, 4, (2, 1), (2, 3), batch=2),
         dtype="bfloat16",
         inputs=weights(-10) | {"x": Recipe(exp2=-9)},
+        cotangents={"dlse": Recipe()},
         catches="columns in turn where halves are asked; E/2 − 1 for E/2",
     )
     yield Case(
@@ -158,15 +159,15 @@ def listed() -> Iterator[Case]:
         name="sinusoidal/tokens_300",
         spec=Sinusoidal(causal=True),
         sizes=sizes(300, 4, (1, 1), (2, 2)),
-        dtype="bfloat16",
         inputs=weights(-8),
+        cotangents={"dlse": Recipe()},
         catches="positions in bfloat16, in which 256 and 257 are one number",
     )
     yield Case(
         name="sinusoidal/concatenated_257",
         spec=Sinusoidal(layout="concatenated", denominator="half_minus_one"),
         sizes=sizes(257, 6, (2, 1), (2, 2)),
-        dtype="float16",
         inputs=weights(-8),
+        cotangents={"dlse": Recipe()},
         catches="the slowest wavelength of the other denominator, which 256 positions tell apart",
     )

@@ -111,7 +111,8 @@ def signature(spec: SDPA) -> dict[str, Array]:
         own = _module(term).signature(term)
         other = next((name for name in own if arrays.get(name, own[name]) != own[name]), None)
         if other is not None:
-            raise SpecError(f"{other} is {arrays[other]} to one of these terms and {own[other]} to another: {spec.terms}")
+            sizes = f"{arrays[other]} to one of these terms and {own[other]} to another"
+            raise SpecError(f"{other} is {sizes}: {spec.terms}")
         arrays |= own
     return arrays
 
