@@ -77,7 +77,7 @@ def test_the_golden_cases_are_within_their_bounds(variant):
         if module.operations(module.resolve(spec, case.sizes), case.sizes)[1] > 8 * case.sizes["B"] << 15:
             continue
         problem, weights = build.problem_of(case, recipes.inputs(case)), recipes.cotangents(case)
-        if problem.unplanned or not isinstance(problem.plan, Score):
+        if problem.unplanned or not isinstance(problem.plan, Score) or problem.plan.relative or problem.plan.v_table:
             assert cpu.refuses(problem), case.name
             continue
         wrt = tuple(problem.real_inputs()) if weights else ()

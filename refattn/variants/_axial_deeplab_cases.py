@@ -148,3 +148,19 @@ def listed() -> Iterator[Case]:
         cotangents={"dlse": UNEVEN},
         catches="tables or gains in float32 beside double-precision scores",
     )
+    yield Case(
+        name="axial_deeplab/columns_17x17",
+        spec=AxialDeepLab(span=17),
+        sizes=image(17, 17, (1, 1), (3, 2)),
+        dtype="bfloat16",
+        inputs=logits,
+        catches="tables cut to 32 rows, where 33 differences occur",
+    )
+    yield Case(
+        name="axial_deeplab/rows_9x29",
+        spec=AxialDeepLab(span=29, axis="width"),
+        sizes=image(9, 29, (1, 1), (2, 2)),
+        dtype="float16",
+        inputs=logits,
+        catches="tables of 2·9 − 1 rows, of the other axis",
+    )

@@ -144,3 +144,17 @@ def listed() -> Iterator[Case]:
         inputs={"R": HALF},
         catches="compressed keys in float32 beside double-precision scores",
     )
+    yield Case(
+        name="dba/keys_513",
+        spec=DBA(),
+        sizes=latents(3, 2, (4, 513), (1, 1), (2, 2)),
+        inputs={"R": QUARTER, "q": Recipe(exp2=-6)},
+        catches="mixtures of whole tiles of keys, without the last one",
+    )
+    yield Case(
+        name="dba/two_sided_257",
+        spec=DBA(form="two_sided"),
+        sizes=latents(3, 2, (257, 20), (1, 1), (2, 2)),
+        inputs={"R": QUARTER},
+        catches="queries beyond a tile that read the latents of none",
+    )

@@ -213,3 +213,12 @@ def listed() -> Iterator[Case]:
         exp2=-7,
         catches="positions 2/300 apart instead of 2/299, or without the last one",
     )
+    yield case_of(
+        "inverted_300",
+        Perceiver(inverted=True),
+        (3, 300),
+        (3, 2),
+        (2, 2),
+        cotangents={"dlse": Recipe()},
+        catches="a second normalisation tile by tile",
+    )
