@@ -21,6 +21,8 @@ FLAGS: Mapping[str, Flag] = {
     "transformer_xl_attached": Flag("Gradients through the memory."),
 }
 PUBLISHED = ("out", "lse", "state", "vjp")
+# A cotangent for one number in 32, so that gradients are no sums of so many terms that nothing could be wrong with them.
+FEW = Recipe(kind="bernoulli", true=248, otherwise=1.0)
 
 
 def cases() -> Iterator[Case]:
@@ -98,8 +100,8 @@ def listed() -> Iterator[Case]:
         spec=TransformerXL(segment=3, memory=4, same_length=True, scale=1.25),
         sizes=tokens(10, (3, 4), (2, 1), (3, 3)),
         dtype="bfloat16",
-        inputs=weights(),
-        cotangents={"dlse": NORMAL},
+        inputs=weights(-10) | {"wv": NORMAL, "u": Recipe(exp2=-9), "w": Recipe(exp2=-9)},
+        cotangents={"dout": FEW},
         catches="4 tokens with the query among them, which sees 4 others; the scale on one part of the score alone",
     )
     yield Case(
@@ -135,8 +137,12 @@ def listed() -> Iterator[Case]:
         sizes=tokens(257, (3, 4), (2, 1), (3, 2)),
         dtype="bfloat16",
         # The last tokens that the first of a segment sees, and those just beyond.
-        inputs=weights() | {"x": edited(NORMAL, scaled((None, (31, 32, 95, 96, 159, 160), None), 4.0))},
-        cotangents={"dlse": NORMAL},
+        inputs=weights(-10) | {
+            "x": edited(NORMAL, scaled((None, (31, 32, 95, 96, 159, 160), None), 2.0)),
+            "u": Recipe(exp2=-9),
+            "w": Recipe(exp2=-9),
+        },
+        cotangents={"dout": FEW, "dlse": FEW},
         catches="a memory of 31 or 33 tokens; a last segment of one token that sees itself alone",
     )
     yield Case(
@@ -146,6 +152,7 @@ def listed() -> Iterator[Case]:
         dtype="float16",
         inputs=weights(),
         history=130,
+        cotangents={"dout": FEW, "dlse": FEW},
         catches="a memory cut where calls end instead of after every 60 tokens",
     )
     yield Case(
@@ -154,7 +161,7 @@ def listed() -> Iterator[Case]:
         sizes=tokens(321, (2, 2), (2, 1), (2, 2)),
         dtype="float16",
         inputs=weights(),
-        cotangents={"dlse": NORMAL},
+        cotangents={"dout": FEW, "dlse": FEW},
         catches="a memory of one segment only, where it holds three",
     )
     yield Case(
