@@ -21,7 +21,7 @@ FLAGS: Mapping[str, Flag] = {
     "transformer_xl_attached": Flag("Gradients through the memory."),
 }
 PUBLISHED = ("out", "lse", "state", "vjp")
-# A cotangent for one number in 32, so that gradients are no sums of so many terms that nothing could be wrong with them.
+# A cotangent for one number in 32: the bounds of gradients of many terms grow faster than the gradients do.
 FEW = Recipe(kind="bernoulli", true=248, otherwise=1.0)
 
 
@@ -137,7 +137,8 @@ def listed() -> Iterator[Case]:
         sizes=tokens(257, (3, 4), (2, 1), (3, 2)),
         dtype="bfloat16",
         # The last tokens that the first of a segment sees, and those just beyond.
-        inputs=weights(-10) | {
+        inputs=weights(-10)
+        | {
             "x": edited(NORMAL, scaled((None, (31, 32, 95, 96, 159, 160), None), 2.0)),
             "u": Recipe(exp2=-9),
             "w": Recipe(exp2=-9),

@@ -90,7 +90,7 @@ def vectors_by_distance(wr: Any, distances: Any) -> Any:
 
 
 def operations(sizes: Mapping[str, int], keys: int) -> tuple[int, int]:
-    """Floating-point operations, forward, where a row sees so many keys, and bytes of the float64 scores of all rows."""
+    """Floating-point operations, forward, where a row sees so many keys, and bytes of the float64 scores."""
     widths = sizes["D"] + sizes["Dv"]
     projecting = sizes["L"] * sizes["E"] * (sizes["Hq"] * sizes["D"] + sizes["Hkv"] * widths)
     pairs = sizes["B"] * sizes["Hq"] * sizes["L"] * keys
