@@ -16,8 +16,6 @@ from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import concatenate, cos, einsum, exp, log, real, reshape, sin, stop, stored, take
 from refattn.spec import Array
-from refattn.variants import sdpa
-from refattn.variants.sdpa import SDPA
 from refattn.variants.sinusoidal import Sinusoidal, table
 
 _SINES_FIRST = Sinusoidal(layout="concatenated")
@@ -61,8 +59,8 @@ def detached(hidden: Any, old: int) -> Any:
     return concatenate([stop(hidden[:, :old]), hidden[:, old:]], 1) if old else hidden
 
 
-def attend(x: Mapping[str, Any], seen: Any, rows: int, attention: SDPA, clamp: int | None = None) -> dict[str, Any]:
-    """Out and lse of the last `rows` of the hidden states `seen` (B,n,E), each looking back to the first of them."""
+def scores(x: Mapping[str, Any], seen: Any, rows: int, scale: Any, clamp: int | None = None) -> dict[str, Any]:
+    """What plain attention takes: the last `rows` of the hidden states `seen` (B,n,E), each before all up to itself."""
     q, keys = project(seen[:, seen.shape[1] - rows :], x["wq"]), seen.shape[1]
     heads, width = x["u"].shape
     by_content, by_position = (stored(stored(q + reshape(x[n], (heads, 1, width))), cotangent=True) for n in "uw")
@@ -75,8 +73,7 @@ def attend(x: Mapping[str, Any], seen: Any, rows: int, attention: SDPA, clamp: i
     positions = einsum("bhid,hijd->bhij", by_position, reshape(met, (heads, rows, keys, width)))
 
     k, v = project(seen, x["wk"]), project(seen, x["wv"])
-    bias = real(attention.scale, q) * positions
-    return sdpa.reference(attention, {"q": by_content, "k": k, "v": v, "bias": bias})
+    return {"q": by_content, "k": k, "v": v, "bias": real(scale, q) * positions}
 
 
 def vectors_by_distance(wr: Any, distances: Any) -> Any:

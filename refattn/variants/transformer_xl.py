@@ -37,7 +37,7 @@ from refattn.errors import SpecError
 from refattn.numeric import concatenate, einsum, extend, real, reshape
 from refattn.plan import Relative, Score
 from refattn.spec import Array, Spec, dyadic
-from refattn.variants import _xl
+from refattn.variants import _xl, sdpa
 from refattn.variants._segments import pieces
 from refattn.variants.sdpa import SDPA
 
@@ -104,7 +104,8 @@ def reference(spec: TransformerXL, x: Mapping[str, Any], state: Mapping[str, Any
     for new, there in pieces(state["length"], tokens, spec.segment):
         hidden = extend(hidden, x["x"][:, new], 1)
         seen = _xl.detached(hidden, hidden.shape[1] - there) if spec.detach else hidden
-        found = _xl.attend(x, seen, new.stop - new.start, attention, spec.clamp)
+        given = _xl.scores(x, seen, new.stop - new.start, spec.scale, spec.clamp)
+        found = sdpa.reference(attention, given)
         outs.append(found["out"])
         lses.append(found["lse"])
         if there == spec.segment:
