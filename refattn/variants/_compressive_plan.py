@@ -8,7 +8,7 @@ before the first token of the memory. So slot a is t − (rate − 1) m − a aw
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,26 +17,39 @@ from refattn.plan import Dense, Score
 from refattn.variants import _xl
 
 
+class _Keys(NamedTuple):
+    """Hidden states, the slots before the tokens, and the numbers of the first of either."""
+
+    slots: Any
+    lowest: int
+    tokens: Any
+    first: int
+
+
 def lower(spec: Any, x: Mapping[str, Any], state: Mapping[str, Any]) -> Score:
     """Every slot that there has been since the state, every token, and for each row which of them it sees."""
     tokens = concatenate([state["hidden"], x["x"]], 1)
     rows, done = x["x"].shape[1], state["length"]
-    first, t = done + rows - tokens.shape[1], done + np.arange(rows)
-    made = _left(spec, done) // spec.rate
-    usage = np.zeros((tokens.shape[0], tokens.shape[1]))
+    t = done + np.arange(rows)
+    lowest = _left(spec, done) // spec.rate - state["slots"].shape[1]
+    keys = _Keys(state["slots"], lowest, tokens, done + rows - tokens.shape[1])
+    usage = np.zeros(tokens.shape[:2])
     usage[:, : tokens.shape[1] - rows] = state.get("usage", 0)
 
-    slots, lowest = state["slots"], made - state["slots"].shape[1]
     for end in range(done - done % spec.segment + spec.segment, done + rows + 1, spec.segment):
         if spec.compression == "most_used":
-            ours = (t >= end - spec.segment) & (t < end)
-            score = _score(spec, x, tokens, slots, (first, lowest, t), ours)
-            usage = usage + _weights(score)[:, slots.shape[1] :]
-        span = np.arange(_left(spec, end - spec.segment), _left(spec, end))
-        if span.size and spec.compressed:
-            mean = usage[:, span - first] / (end - span)
-            slots = concatenate([slots, _slots(spec, x, tokens[:, span - first], mean)], 1)
-    return _score(spec, x, tokens, slots, (first, lowest, t), np.ones(rows, bool))
+            inside = t[(t >= end - spec.segment) & (t < end)]
+            usage = usage + _weights(spec, x, keys, inside)[:, keys.slots.shape[1] :]
+        leaving = np.arange(_left(spec, end - spec.segment), _left(spec, end))
+        if leaving.size and spec.compressed:
+            mean = usage[:, leaving - keys.first] / (end - leaving)
+            fresh = _slots(spec, x, tokens[:, leaving - keys.first], mean)
+            keys = keys._replace(slots=concatenate([keys.slots, fresh], 1))
+    q, k, bias, live = _parts(spec, x, keys, t)
+    at_one_place = np.zeros((1, rows), np.int64), np.zeros((1, k.shape[2]), np.int64)
+    v = _projected(concatenate([keys.slots, tokens], 1), x["wv"])
+    dense = Dense(values=bias)
+    return Score(q=q, k=k, v=v, scale=spec.scale, positions=at_one_place, bias=(dense,), mask=live[None, None])
 
 
 def _left(spec: Any, length: Any) -> Any:
@@ -44,42 +57,34 @@ def _left(spec: Any, length: Any) -> Any:
     return np.maximum(length // spec.segment * spec.segment - spec.memory, 0)
 
 
-def _score(spec: Any, x: Mapping[str, Any], tokens: Any, slots: Any, numbers: Any, chosen: Any) -> Score:
-    """The chosen rows over the slots and tokens there are."""
-    first, lowest, t = numbers[0], numbers[1], numbers[2][chosen][:, None]
-    left = _left(spec, t)
-    a, j = lowest + np.arange(slots.shape[1]), first + np.arange(tokens.shape[1])
+def _projected(hidden: Any, matrix: Any) -> Any:
+    return einsum("ble,hed->bhld", hidden, matrix)
+
+
+def _parts(spec: Any, x: Mapping[str, Any], keys: _Keys, t: Any) -> tuple[Any, Any, Any, Any]:
+    """Queries, keys, logits of positions, and who sees whom, of the rows of the tokens t over all keys there are."""
+    t, left = t[:, None], _left(spec, t)[:, None]
+    a, j = keys.lowest + np.arange(keys.slots.shape[1]), keys.first + np.arange(keys.tokens.shape[1])
     away = np.concatenate([t - (spec.rate - 1) * (left // spec.rate) - a, t - j], 1)
     held = left // spec.rate - a
     live = np.concatenate([(held > 0) & (held <= spec.compressed), (j >= left) & (j <= t)], 1)
 
     heads, width = x["u"].shape
-    keys = concatenate([slots, tokens], 1)
-    q = einsum("ble,hed->bhld", tokens[:, numbers[2][chosen] - first], x["wq"])
-    farthest = int(away.max(initial=0, where=live))
-    vectors = _xl.vectors_by_distance(x["wr"], np.arange(farthest + 1))
+    q = _projected(keys.tokens[:, t[:, 0] - keys.first], x["wq"])
+    vectors = _xl.vectors_by_distance(x["wr"], np.arange(int(away.max(initial=0, where=live)) + 1))
     by_distance = einsum("bhid,hnd->bhin", q + reshape(x["w"], (heads, 1, width)), vectors)
-    which = np.broadcast_to(np.where(live, away, 0), (*q.shape[:3], keys.shape[1]))
-    place = np.zeros((1, q.shape[2]), np.int64), np.zeros((1, keys.shape[1]), np.int64)
-    return Score(
-        q=q + reshape(x["u"], (heads, 1, width)),
-        k=einsum("ble,hed->bhld", keys, x["wk"]),
-        v=einsum("ble,hed->bhld", keys, x["wv"]),
-        scale=spec.scale,
-        positions=place,
-        bias=(Dense(values=real(spec.scale, q) * np.take_along_axis(by_distance, which, 3)),),
-        mask=live[None, None],
-    )
+    which = np.broadcast_to(np.where(live, away, 0), (*q.shape[:3], away.shape[1]))
+    bias = real(spec.scale, q) * np.take_along_axis(by_distance, which, 3)
+    k = _projected(concatenate([keys.slots, keys.tokens], 1), x["wk"])
+    return q + reshape(x["u"], (heads, 1, width)), k, bias, live
 
 
-def _weights(score: Score) -> Any:
-    """Weights of the keys, summed over heads and rows: (B,n)."""
-    batch, heads, rows, width = score.q.shape
-    groups, keys = score.k.shape[1:3]
-    q = score.q.reshape(batch, groups, heads // max(groups, 1), rows, width)
-    s = score.scale * np.einsum("bgrid,bgjd->bgrij", q, score.k).reshape(batch, heads, rows, keys)
-    s = np.where(score.mask, s + score.bias[0].values, -np.inf)
-    p = np.exp(s - s.max(-1, keepdims=True, initial=-1e308))
+def _weights(spec: Any, x: Mapping[str, Any], keys: _Keys, t: Any) -> Any:
+    """Weights of the keys, summed over heads and over the rows of the tokens t: (B,n)."""
+    q, k, bias, live = _parts(spec, x, keys, t)
+    groups = np.arange(q.shape[1]) // max(q.shape[1] // max(k.shape[1], 1), 1)
+    s = np.where(live, spec.scale * np.einsum("bhid,bhjd->bhij", q, k[:, groups]) + bias, -np.inf)
+    p = np.exp(s - s.max(-1, keepdims=True))
     return (p / p.sum(-1, keepdims=True)).sum((1, 2))
 
 

@@ -120,7 +120,10 @@ def state(spec: Compressive, length: int) -> dict[str, Array]:
     """Memory and unfinished segment, slots, and how much each token has been used."""
     open_ = length % spec.segment
     left = max(length - open_ - spec.memory, 0)
-    carried = {"hidden": Array(f"B {length - left} E"), "slots": Array(f"B {min(left // spec.rate, spec.compressed)} E")}
+    carried = {
+        "hidden": Array(f"B {length - left} E"),
+        "slots": Array(f"B {min(left // spec.rate, spec.compressed)} E"),
+    }
     return carried | ({"usage": Array(f"B {length - left}")} if spec.compression == "most_used" else {})
 
 

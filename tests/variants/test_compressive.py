@@ -17,7 +17,9 @@ ALL = ("out", "lse", "reconstruction")
 
 
 def spec_of(compression, **options):
-    return ra.Compressive(**({"segment": 4, "memory": 6, "compressed": 3, "rate": 2, "compression": compression} | options))
+    return ra.Compressive(
+        **({"segment": 4, "memory": 6, "compressed": 3, "rate": 2, "compression": compression} | options)
+    )
 
 
 def arrays(spec, rng, **changed):
