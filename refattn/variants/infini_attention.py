@@ -27,13 +27,12 @@ take the whole input for one segment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import concatenate, einsum, elu1, extend, maximum, real, reshape, sigmoid, total
@@ -210,17 +209,3 @@ def operations(spec: InfiniAttention, sizes: Mapping[str, int]) -> tuple[int, in
     width, inside = sizes["D"] + sizes["Dv"], min(spec.segment, sizes["L"])
     writing = 2 * sizes["B"] * sizes["Hkv"] * sizes["L"] * sizes["D"] * sizes["Dv"]
     return 2 * rows * (inside * width + sizes["D"] * sizes["Dv"]) + writing, 8 * sizes["B"] * sizes["Hq"] * inside**2
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._infini_attention_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._infini_attention_cases import cases as listed
-
-    return listed()
