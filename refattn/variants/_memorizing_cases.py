@@ -117,7 +117,7 @@ def listed() -> Iterator[Case]:
         spec=Memorizing(segment=8, memory=8, top=2),
         sizes=tokens(16, (1, 1), (4, 4)),
         dtype="float16",
-        seed=2,
+        seed=3,
         # Keys of ones, but for some 2⁻¹⁰: products that 16 bits hold alike, and values that differ.
         inputs={
             "k": edited(Recipe(kind="integers", exp2=-10), Edit(at=(None,) * 4, op="add", value=1.0)),
