@@ -13,7 +13,9 @@ from refattn.variants.memorizing import Memorizing
 from refattn.variants.t5 import T5
 
 FLAGS: Mapping[str, Flag] = {
-    "memorizing": Flag("The nearest keys of a memory beside attention inside a segment; which were found is published."),
+    "memorizing": Flag(
+        "The nearest keys of a memory beside attention inside a segment; which were found is published."
+    ),
     "memorizing_joint": Flag("One softmax over what was found and the segment, in place of a gate."),
     "memorizing_bucketed": Flag("The nearest key of each bucket of tokens, in place of the nearest of all."),
     "memorizing_normalised": Flag("Normalised keys and queries, and a learned temperature of each head."),
@@ -159,7 +161,7 @@ def listed() -> Iterator[Case]:
         spec=Memorizing(segment=100, memory=200, top=3, selection="bucketed", normalise=True, combine="joint"),
         sizes=tokens(300, (1, 1), (3, 2)),
         history=70,
-        # Unlike a state's own keys, all of length 1, these may tie with a query of irrational length: no two of them do.
+        # Keys of a state that have no length of 1 may tie exactly, met by a query of irrational length: here none do.
         seed=2,
         inputs={"sharpness": numbers(4.0)},
         want=("out", "indices", "vjp"),

@@ -72,4 +72,5 @@ def above_threshold(s: NDArray[np.float64], live: Bools, top: int) -> Bools:
     threshold = np.sort(np.where(live, -s, np.inf), -1)[..., top - 1 : top]
     above, equal = live & (-s < threshold), live & (-s == threshold)
     room = top - above.sum(-1, keepdims=True)
-    return above | (equal & (np.cumsum(equal, -1) <= room))
+    found: Bools = above | (equal & (np.cumsum(equal, -1) <= room))
+    return found

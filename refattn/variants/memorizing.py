@@ -166,9 +166,7 @@ def _scored(spec: Memorizing, x: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """Queries and keys as they are ranked, and the temperature of each head, (Hq,1,1) or 1."""
     if not spec.normalise:
         return x["q"], x["k"], 1
-    q, k = (
-        rows / sqrt(total(rows * rows, -1, keepdims=True) + real(spec.epsilon, rows)) for rows in (x["q"], x["k"])
-    )
+    q, k = (rows / sqrt(total(rows * rows, -1, keepdims=True) + real(spec.epsilon, rows)) for rows in (x["q"], x["k"]))
     sharpness = reshape(x["sharpness"], (x["q"].shape[1], 1, 1))
     return q, k, absolute(sharpness) if spec.temperature == "absolute" else exp(sharpness)
 
