@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -233,6 +234,7 @@ def vjp(
     if set(names) - set(real):
         raise SpecError(f"wrt names {sorted(set(names) - set(real))}, but the real inputs given are {list(real)}")
     saved = None if outputs is None else _numpy(_present("outputs", outputs))
+    problem = replace(problem, want=tuple(weights))
     found = _engine(engine, problem).vjp(problem, weights, names, saved)
     kept = _rounded(Outputs({f"d{n}": found[f"d{n}"] for n in names}, found.status), problem)
     like = next(iter(given.values()), None)
@@ -258,7 +260,7 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
             raise ShapeError(f"sizes are integers from 0 on; given: {dim}={size!r}")
     kinds = {"real": format_of(dtype).numpy, "int": np.int64, "bool": bool}
     needed = {n: a for n, a in signature.items() if not a.optional}
-    inputs = {n: np.zeros(a.shape(sizes), kinds[a.kind]) for n, a in needed.items()}
+    inputs = {n: np.full(a.shape(sizes), a.domain == "positive", kinds[a.kind]) for n, a in needed.items()}
     problem = build(whole, inputs, dtype, ("out",))
     engines: dict[str, str | None] = {}
     for name in registry.ENGINES:

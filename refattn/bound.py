@@ -25,7 +25,7 @@ from refattn.exponential import EXP_ERROR, LOG_ERROR, exp64, log64
 from refattn.profiles import FLOAT64, UNIT64, Profile
 from refattn.space import FLOAT64 as SPACE64
 from refattn.space import Bools, Integers, Value, contraction
-from refattn.trigonometric import CIRCULAR_ERROR, REACH, cos64, sin64
+from refattn.trigonometric import CIRCULAR_ERROR, PI, REACH, cos64, half_turns, sin64
 
 Floats = NDArray[np.float64]
 
@@ -167,6 +167,21 @@ class BoundSpace:
         e = np.where(np.abs(x.x) > REACH, 2.0, np.minimum(x.e + CIRCULAR_ERROR, 2.0))
         e = (e + p.circular * np.minimum(np.abs(y) + 2 * e, 1.0) + p.tiny) * _SLACK
         return Bounded(self, y, np.where(_zero(x), 0.0, e))
+
+    def sin_pi(self, turns: Any) -> Bounded:
+        """An argument π t formed by four roundings at most, not reduced; then as `sin`."""
+        return self._half_turns(turns, 0)
+
+    def cos_pi(self, turns: Any) -> Bounded:
+        """As `sin_pi`."""
+        return self._half_turns(turns, 1)
+
+    def _half_turns(self, turns: Any, ahead: int) -> Bounded:
+        p, y = self.profile, half_turns(turns, ahead)
+        argument = np.asarray(turns, np.float64) * PI
+        e = np.minimum(4 * p.unit * np.abs(argument) * _SLACK + CIRCULAR_ERROR, 2.0)
+        e = (e + p.circular * np.minimum(np.abs(y) + 2 * e, 1.0) + p.tiny) * _SLACK
+        return Bounded(self, y, np.where(argument == 0, 0.0, e))
 
     def sqrt(self, x: Bounded) -> Bounded:
         """E / (√(x − e) + √(x − 2e)), and the function's error; where x may be below 0, no promise; √0 = 0 exactly."""

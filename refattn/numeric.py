@@ -13,11 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn.space import Bools, Integers, apply, space_of
+from refattn.trigonometric import half_turns
 
 
 def real(value: Any, like: Any) -> Any:
     """An exact number in the space of `like`: int, Fraction, a float as the dyadic it is, or an array of these."""
-    return space_of(like).real(value)
+    space = space_of(like)
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        parts = [reshape(space.real(number), (1,)) for number in value.flat]
+        return reshape(concatenate(parts, 0), value.shape)
+    return space.real(value)
 
 
 def constant(formula: Callable[[Any], Any], like: Any) -> Any:
@@ -52,6 +57,18 @@ def sin(x: Any) -> Any:
 def cos(x: Any) -> Any:
     """Cosine of x in radians."""
     return space_of(x).cos(x)
+
+
+def sin_pi(turns: Any, like: Any) -> Any:
+    """Sine of π times exact rationals, an array of Fractions, in the space of `like`; 0, 1 and −1 are exact."""
+    space = space_of(like)
+    return space.sin_pi(turns) if hasattr(space, "sin_pi") else half_turns(turns, 0)
+
+
+def cos_pi(turns: Any, like: Any) -> Any:
+    """Cosine of π times exact rationals, as `sin_pi`."""
+    space = space_of(like)
+    return space.cos_pi(turns) if hasattr(space, "cos_pi") else half_turns(turns, 1)
 
 
 def sqrt(x: Any) -> Any:
@@ -242,8 +259,8 @@ def softmax_attend(
         lse_i = m_i + log z_i
 
     s (B,H,Lq,Lk); live broadcastable to it; v (B,G,Lk,Dv), head h reading h // (H/G); sink (H,); keep like live,
-    holding 1/probability or 0. relative: tables (n,Dv), each after which of its rows a pair adds to the value,
-    (1 or B,Lq,Lk). `spoiled` (like live) are pairs whose score came from a number that is not finite.
+    holding 1/probability or 0. relative: tables (n,Dv) or (H,n,Dv), each after which of its rows a pair adds to the
+    value, (1 or B,Lq,Lk). `spoiled` (like live) are pairs whose score came from a number that is not finite.
     A row with nothing live has out 0 and lse −∞ (with a sink, lse = sink). What is not finite in a live pair makes
     its row NaN; in a pair that is not live it touches nothing.
     """
@@ -272,8 +289,10 @@ def softmax_attend(
     mean = einsum("bgrij,bgjd->bgrid", reshape(w, (*grouped, lk)), clean(v))
     mean = reshape(mean, (batch, heads, lq, dv))
     for which, table in relative:
-        rows = np.broadcast_to((which[..., None] == np.arange(table.shape[0])), (batch, lq, lk, table.shape[0]))
-        mean = mean + einsum("bhin,nd->bhid", einsum("bhij,bijn->bhin", w, real(rows.astype(np.int64), w)), table)
+        count = table.shape[-2]
+        rows = np.broadcast_to(which[..., None] == np.arange(count), (batch, lq, lk, count)).astype(np.int64)
+        letters = "bhin,nd->bhid" if table.ndim == 2 else "bhin,hnd->bhid"
+        mean = mean + einsum(letters, einsum("bhij,bijn->bhin", w, real(rows, w)), table)
     size = reshape(z, (batch, heads, lq, 1))
     out = stored(where(keyless, 0, mean) / where(keyless, 1, size))
     v_ok = finite(v)

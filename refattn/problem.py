@@ -251,6 +251,8 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 def _check_domain(name: str, domain: str, given: NDArray[Any], sizes: Mapping[str, int]) -> None:
     kind, _, dim = domain.partition(":")
+    if kind == "positive" and not all(0 < number < np.inf for number in given.astype(np.float64).flat):
+        raise ShapeError(f"{name} must hold finite numbers above 0; given: {given.tolist()}")
     if kind == "positions" and given.size and max(-int(given.min()), int(given.max())) > _FARTHEST:
         raise ShapeError(f"{name} must lie between -2^52 and 2^52; given: {given.min()} to {given.max()}")
     if kind == "indices" and given.size and (given.min() < 0 or given.max() >= sizes[dim]):

@@ -29,9 +29,10 @@ class Spec:
         return type(self).__module__.rpartition(".")[2]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able mapping; fields that hold None, or an empty tuple by default, are left out."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.default != () or getattr(self, f.name) != ()}
-        return {"variant": self.variant} | {name: _encode(value) for name, value in given.items() if value is not None}
+        """JSON-able mapping; fields that hold None or an empty tuple, their default, are left out."""
+        given = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        kept = {n: value for n, (value, default) in given.items() if value not in (None, ()) or value != default}
+        return {"variant": self.variant} | {name: _encode(value) for name, value in kept.items()}
 
 
 def dyadic(name: str, value: Any) -> float:
@@ -95,9 +96,9 @@ def _decode(value: Any, find: Callable[[str], type[Spec]]) -> Any:
 class Array:
     """One array of a signature: dimensions by name, or a number where the spec fixes the size; kind and role.
 
-    `domain` narrows the values: "any", "nonnegative", "positions" (any integers), "lengths:<dim>" (0 to that size),
-    "indices:<dim>" (0 to one less), "segments" (any integers). A `broadcast` array may lack leading dimensions or have
-    size 1 in any.
+    `domain` narrows the values: "any", "positive" (and finite), "positions" (any integers), "lengths:<dim>" (0 to that
+    size), "indices:<dim>" (0 to one less), "segments" (any integers). A `broadcast` array may lack leading dimensions
+    or have size 1 in any.
     """
 
     dims: str

@@ -119,6 +119,14 @@ class Tape:
         """d cos x = −sin x dx."""
         return self._node(numeric.cos(x.value), (x, lambda g: -g * numeric.sin(x.value)))
 
+    def sin_pi(self, turns: Any) -> Any:
+        """A constant: of the inner space of whatever has been recorded."""
+        return numeric.sin_pi(turns, like=self.nodes[0].value)
+
+    def cos_pi(self, turns: Any) -> Any:
+        """A constant likewise."""
+        return numeric.cos_pi(turns, like=self.nodes[0].value)
+
     def sqrt(self, x: Any) -> Any:
         """d √x = dx / (2 √x)."""
         node = self._node(numeric.sqrt(x.value), (x, lambda g: g / (2 * node.value)))

@@ -25,7 +25,12 @@ SPECS = {info.name: info.example for info in ra.variants().values()} | {
     "keep": ra.SDPA(keep_probability=0.75, window=(1, None), softcap=5.0),
     "half": ra.SDPA(bias=ra.ALiBi(direction="half")),
     "axial": ra.Axial(width=1),
+    "causal_transformer": ra.CausalTransformer(final_layer=True),
+    "axial_deeplab": ra.AxialDeepLab(span=1),
+    "axial_deeplab with norms": ra.AxialDeepLab(span=1, axis="width", norm=True),
+    "latents on both sides": ra.DBA(form="two_sided"),
     "mixtures of a head": ra.Linformer(sharing="kv", heads="per_head"),
+    "a temperature": ra.AttentionAlignment(bias=ra.ALiBi(slopes="learned"), divide="scores"),
     "part turned": ra.RoPE(pairing="interleaved", width=0, angles="float32"),
     "columns of exact sums": ra.Skeinformer(normalisation="none", reuse_pilot=False),
     "chosen queries, causal": ra.Informer(causal=True, lazy="cumsum", measure="lse_mean", divisor="samples", factor=1),
@@ -71,7 +76,9 @@ def problems(draw, least=0):
         if array.broadcast:
             shape = [n if draw(st.booleans()) else 1 for n in shape][draw(st.integers(0, len(shape))) :]
         if array.kind == "real":
-            arrays[name] = np.asarray(rng.standard_normal(shape)).astype(dtype)
+            values = np.asarray(rng.standard_normal(shape))
+            # From 1 on, a type of few bits does not round to 0.
+            arrays[name] = (1 + np.abs(values) if array.domain == "positive" else values).astype(dtype)
         elif array.kind == "bool":
             arrays[name] = np.asarray(rng.random(shape) < 0.5)
         else:

@@ -103,7 +103,7 @@ def test_gradients_are_published_for_nearly_every_case() -> None:
 
 def test_the_files_stay_within_their_budget() -> None:
     sizes = [path.stat().st_size for path in folder_of_suite().rglob("*") if path.is_file()]
-    assert sum(sizes) <= 4 * KIB * KIB
+    assert sum(sizes) <= 13 * KIB * len(CASES)
     assert max(sizes) <= 128 * KIB
 
 
@@ -251,7 +251,9 @@ def mistakes(case: Case) -> Iterator[Mistake]:
 
 
 # What no output shows, although the case sets it: the reason.
-INVISIBLE: dict[tuple[str, str], str] = {}
+INVISIBLE = {
+    ("skeinformer/every_key_257", "default reuse_pilot"): "where every key is drawn a row is exact, reused or not",
+}
 
 
 def defaults_instead(case: Case, spec: Any, arrays: dict[str, Any]) -> Iterator[Mistake]:
@@ -260,10 +262,10 @@ def defaults_instead(case: Case, spec: Any, arrays: dict[str, Any]) -> Iterator[
         given, default = getattr(spec, field.name), field.default
         if default is MISSING or given == default or field.name in ("scale", "axes", "width"):
             continue
-        other = replace(spec, **{field.name: default})
-        taken = registry.info(spec.variant).module.signature(other)
-        kept = {name: array for name, array in arrays.items() if name in taken}
         try:
+            other = replace(spec, **{field.name: default})
+            taken = registry.info(spec.variant).module.signature(other)
+            kept = {name: array for name, array in arrays.items() if name in taken}
             api.build(other, kept, case.dtype, ("out",))
         except RefattnError:
             continue

@@ -250,3 +250,15 @@ def test_nothing_live(lift, with_sink):
     out, lse = softmax_attend(s, np.array(False), v, sink=lift(sink) if with_sink else None)
     same(plain(out), np.zeros((1, 2, 1, 2)))
     same(plain(lse), sink.reshape(1, 2, 1) if with_sink else np.full((1, 2, 1), -np.inf))
+
+
+def test_an_array_of_fractions_is_lifted_number_by_number():
+    """As a double, 1/3 would be a proved 0.333…3148."""
+    thirds = np.array([[Fraction(1, 3), Fraction(2, 3)], [Fraction(1, 7), 5]], object)
+    with flint.ctx.workprec(128):
+        three, whole = (numeric.real(np.array(a), BALLS.real(0)) for a in ([[3, 3], [7, 1]], [[1, 2], [1, 5]]))
+        value, _, radius = (numeric.real(thirds, BALLS.real(0)) * three - whole).enclosure()
+    assert (np.abs(value) + radius < 1e-30).all()
+    bounded = numeric.real(thirds, BoundSpace(FLOAT64).real(0))
+    assert (bounded.e > 0).tolist() == [[True, True], [True, False]]
+    np.testing.assert_array_equal(numeric.real(thirds, np.zeros(1)), thirds.astype(float))

@@ -1,5 +1,7 @@
 """Laws of plans: what a variant lowers to means what its reference says."""
 
+import math
+
 import numpy as np
 import pytest
 from checks import near
@@ -9,7 +11,7 @@ from problems import EXTRAS, OF_TERMS, PROBLEMS, Problem, Sizes, arrays
 
 import refattn as ra
 from refattn import api, plan
-from refattn.plan import Mix, Table, execute, leaves, map_leaves
+from refattn.plan import Mix, Relative, Score, Table, ValueTable, execute, leaves, map_leaves
 
 
 def built(problem, inputs):
@@ -107,3 +109,55 @@ def test_leaves_of_a_mix_are_those_of_its_parts_by_number_and_the_weights(rng):
     for name, leaf in leaves(mixed).items():
         np.testing.assert_array_equal(leaves(changed)[name], leaf + 1)
     assert plan.describe(mixed)["weights"] == ((4,), (4,))
+
+
+# Vectors by relative position
+
+PLACES = np.array([[2, 0, 5]]), np.array([[4, 1, -1, 3], [0, 0, 2, 1]])
+LOW, COUNT = -6, 11
+
+
+def tables(rng, heads):
+    """A score with vectors by relative position on both sides and of the values, tables for `heads` heads each."""
+    q, k, v = (rng.standard_normal(shape) for shape in ((2, 4, 3, 3), (2, 2, 4, 3), (2, 2, 4, 2)))
+    on_q = Relative(rows=rng.standard_normal((2, 4, 3, 5)), values=rng.standard_normal((heads, COUNT, 5)), offset=-LOW)
+    on_k = Relative(
+        rows=rng.standard_normal((2, 2, 4, 6)), values=rng.standard_normal((heads, COUNT, 6)), offset=-LOW, side="k"
+    )
+    table = ValueTable(values=rng.standard_normal((heads, COUNT, 2)), offset=-LOW)
+    return Score(
+        q=q, k=k, v=v, scale=0.5, positions=PLACES, softcap=2.0, relative=(on_q, on_k), v_table=(table, table),
+        sink=rng.standard_normal(4), mask=rng.random((2, 1, 3, 4)) < 0.8,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_vectors_by_relative_position_by_plain_loops(heads, rng):
+    """Row i's vector, or key j's, meets that of j − i, unscaled and before the softcap; a value gains two."""
+    score = tables(rng, heads)
+    (on_q, on_k), (table, _) = score.relative, score.v_table
+    found = execute(score)
+    for b, h, i in np.ndindex(2, 4, 3):
+        g, own, weights, values = h // 2, h % heads, [math.exp(score.sink[h])], [[0.0, 0.0]]
+        for j in range(4):
+            if not score.mask[b, 0, i, j]:
+                continue
+            n = int(PLACES[1][b, j]) - int(PLACES[0][0, i]) - LOW
+            s = 0.5 * sum(score.q[b, h, i, d] * score.k[b, g, j, d] for d in range(3))
+            s += sum(on_q.rows[b, h, i, d] * on_q.values[own, n, d] for d in range(5))
+            s += sum(on_k.rows[b, g, j, d] * on_k.values[own, n, d] for d in range(6))
+            weights.append(math.exp(2 * math.tanh(s / 2)))
+            values.append([score.v[b, g, j, d] + 2 * table.values[own, n, d] for d in range(2)])
+        near(found["lse"][b, h, i], math.log(sum(weights)))
+        near(found["out"][b, h, i], np.array(weights) @ np.array(values) / sum(weights))
+
+
+def test_leaves_of_vectors_by_relative_position(rng):
+    score = tables(rng, 1)
+    names = [f"relative.{n}.{leaf}" for n in range(2) for leaf in ("rows", "values")] + ["v_table.0", "v_table.1"]
+    assert list(leaves(score)) == ["q", "k", "v", "sink", *names]
+    changed = leaves(map_leaves(score, lambda a: a + 1))
+    for name, leaf in leaves(score).items():
+        np.testing.assert_array_equal(changed[name], leaf + 1)
+    shown = {"rows": (2, 2, 4, 6), "values": (1, COUNT, 6), "offset": 6, "side": "k"}
+    assert plan.describe(score)["relative"][1] == {"Relative": shown}

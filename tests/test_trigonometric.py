@@ -11,6 +11,7 @@ from refattn import numeric, trigonometric
 from refattn.bound import Bounded, BoundSpace
 from refattn.engines.certified.balls import BALLS
 from refattn.profiles import FLOAT32, FLOAT64
+from refattn.tape import Tape
 from refattn.trigonometric import CIRCULAR_ERROR, REACH, cos64, sin64
 
 U = 2.0**-53
@@ -86,6 +87,49 @@ def test_recursion_of_the_proof(table, exact, rest):
         worst = max(worst, e / U)
     assert 1.2 < worst < 1.7  # the proof's figure is the scheme's, not a guess far above it
     assert 0.7855**rest / math.factorial(rest) < 0.001 * U
+
+
+TURNS = np.array(
+    [Fraction(n, d) for d in (1, 2, 3, 4, 5, 7, 446) for n in range(-2 * d, 2 * d + 1)]
+    + [Fraction(10**30 + n, 6) for n in range(12)]
+    + [Fraction(1, 3**60), Fraction(-(2**60) - 1, 2**61), Fraction(1, 2) + Fraction(1, 10**20)],
+    object,
+)
+
+
+@pytest.mark.parametrize("name", ["sin_pi", "cos_pi"])
+def test_multiples_of_pi_in_every_space(name):
+    """Within the bound of Arb's, exact where the value is −1, 0 or 1, and far arguments as good as near ones."""
+    f = getattr(numeric, name)
+    with flint.ctx.workprec(200):
+        exact = [getattr(flint.arb, name + "_fmpq")(flint.fmpq(t.numerator, t.denominator)) for t in TURNS]
+        plain, t = f(TURNS, np.zeros(1)), f(TURNS, BALLS.real(np.zeros(1)))
+        off = [float(abs(flint.arb(y) - e).upper()) for y, e in zip(plain.tolist(), exact, strict=True)]
+        assert max(off) <= 5.2 * U
+        middle, rest, radius = t.enclosure()
+        assert radius.max() < 2.0**-100
+    whole = np.array([(2 * t).denominator == 1 for t in TURNS])
+    assert set(plain[whole]) == {-1.0, 0.0, 1.0}
+    np.testing.assert_array_equal(plain[whole], middle[whole])
+    assert not radius[whole].any() and not rest[whole].any()
+    taped = f(TURNS, Tape().variable(np.zeros(1)))
+    np.testing.assert_array_equal(taped, plain)
+
+
+@pytest.mark.parametrize("profile", [FLOAT64, FLOAT32], ids=lambda p: p.name)
+@pytest.mark.parametrize("name", ["sin_pi", "cos_pi"])
+def test_a_kernel_that_forms_the_argument_is_within_the_bound(name, profile):
+    """π, f and x rounded, and both products, as a kernel of the profile multiplies them: no reduction, no exact 0."""
+    dtype = np.float64 if profile is FLOAT64 else np.float32
+    f = np.array([Fraction(1) + Fraction(111 * k, 63) for k in range(64)], object)
+    x = np.array([Fraction(2 * p, 223) - 1 for p in range(0, 224, 7)], object)
+    found = getattr(numeric, name)(np.outer(f, x), BoundSpace(profile).real(np.zeros(1)))
+    angles = np.outer(f.astype(dtype), x.astype(dtype)) * dtype(np.pi)
+    assert angles.dtype == dtype
+    gap = np.abs(getattr(np, name[:3])(angles.astype(np.float64)) - found.x)
+    assert (gap <= found.e).all()
+    assert gap.max() > 0.05 * found.e.max()
+    assert found.e[0].max() < 1e-5
 
 
 def test_edges():

@@ -40,7 +40,7 @@ def list_(folder: Folder = None, cases: Pattern = "*") -> None:
     chosen = [name for name in load.names(folder=folder) if fnmatch(name, cases)]
     for name in chosen:
         golden = load.load(name, folder)
-        lengths = f"{golden.sizes['Lq']} × {golden.sizes['Lk']}"
+        lengths = " × ".join(str(golden.sizes[dim]) for dim in ("Lq", "Lk", "L") if dim in golden.sizes)
         about = Text.assemble(golden.catches, "\n", (" ".join(golden.flags), "dim"))
         table.add_row(name, golden.dtype, lengths, about)
     console.print(table)

@@ -34,7 +34,7 @@ def inputs(case: Case) -> dict[str, NDArray[Any]]:
 
 
 def cotangents(case: Case) -> dict[str, NDArray[Any]]:
-    """Cotangent of out (recipe "dout", default NORMAL) and, where named, of lse; zero outside the published rows."""
+    """Cotangent of out (recipe "dout", default NORMAL) and, where named, of others; zero outside the published rows."""
     if "vjp" not in case.want:
         return {}
     spec, module = registry.whole(case.spec)

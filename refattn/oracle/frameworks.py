@@ -18,10 +18,11 @@ Duals = Mapping[str, np.ndarray]
 
 
 def call(fn: Callable[..., Any], takes: Declared, offer: Offer, duals: Duals, arrays: str) -> dict[str, np.ndarray]:
-    """Run fn on a case; `duals` are the cotangents of out and lse, full size.
+    """Run fn on a case; `duals` are the cotangents of its outputs, full size.
 
     Gradients come from fn where it returns them (a parameter `dout`, and `dlse` where lse has a cotangent, receives
-    what they are gradients for), else from the framework's own differentiation.
+    what they are gradients for; without all of these they are not compared), else from the framework's own
+    differentiation.
     """
     arguments = dict(offer.arguments)
     if "dout" in takes.names and duals:
@@ -33,8 +34,8 @@ def call(fn: Callable[..., Any], takes: Declared, offer: Offer, duals: Duals, ar
     else:
         results = _jax(fn, arguments, offer.leaves, duals)
     home = {_named(name, offer.leaves): to_numpy(a, name) for name, a in results.items()}
-    if "dout" in takes.names and "lse" in duals and "dlse" not in takes.names:
-        return {name: a for name, a in home.items() if name in ("out", "lse")}
+    if "dout" in takes.names and any(f"d{name}" not in takes.names for name in duals):
+        return {name: a for name, a in home.items() if not name.startswith("d")}
     return home
 
 

@@ -46,7 +46,8 @@ def declared(fn: Callable[..., Any]) -> Declared:
     Raises
     ------
     SpecError
-        fn cannot be called, has no signature that Python can read, or does not take q, k and v by name.
+        fn cannot be called, has no signature that Python can read, or takes by name neither q, k and v nor all that
+        another variant requires.
     """
     if not callable(fn):
         raise SpecError(f"a backend is a function fn(q, k, v, **options); given: {type(fn).__name__}")
@@ -58,10 +59,17 @@ def declared(fn: Callable[..., Any]) -> Declared:
     names = frozenset(p.name for p in parameters if p.kind in by_name)
     found = Declared(names, any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters))
     lacking = [name for name in ("q", "k", "v") if name not in found]
-    if lacking:
+    if lacking and not any(inputs <= names for inputs in _inputs_of_variants()):
         takes = ", ".join(sorted(names)) or "nothing"
         raise SpecError(f"a backend is called fn(q=, k=, v=, ...); it takes {takes}, not {', '.join(lacking)}")
     return found
+
+
+def _inputs_of_variants() -> list[set[str]]:
+    """The arrays that each variant's example requires."""
+    alone = [info for info in registry.variants().values() if info.kind == "variant"]
+    signatures = [info.module.signature(info.example) for info in alone]
+    return [{name for name, array in signature.items() if not array.optional} for signature in signatures]
 
 
 def offer(golden: Golden, takes: Declared) -> Offer:

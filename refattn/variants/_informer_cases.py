@@ -127,3 +127,10 @@ def listed() -> Iterator[Case]:
         inputs={"sample": keys(11)},
         catches="a measure in float32 beside double-precision scores",
     )
+    yield Case(
+        name="informer/keys_513",
+        spec=Informer(queries=2),
+        sizes=measured(8, (5, 513), (1, 1), (2, 2)),
+        inputs={"sample": keys(513)},
+        catches="sampled indices in 8 bits, or a mean of 513 values summed in 16",
+    )

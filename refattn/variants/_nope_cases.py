@@ -56,3 +56,19 @@ def _cases() -> Iterator[Case]:
         rows=Rows(q=(0, 1, 2, 388, 776), k=(0, 1, 2, 388, 776)),
         catches="the first tokens, whose values are large, forgotten by a window or a decay",
     )
+    yield Case(
+        name="nope/causal_300",
+        spec=NoPE(),
+        sizes=sizes((300, 300), (2, 1), (4, 4)),
+        dtype="bfloat16",
+        rows=Rows(q=(0, 128, 299), k=(0, 127, 299)),
+        catches="a position that a tile's mask gives away: keys after the query within its own tile",
+    )
+    yield Case(
+        name="nope/decode_1025",
+        spec=SDPA(causal="bottom_right", bias=(NoPE(),)),
+        sizes=sizes((1, 1025), (4, 1), (8, 4)),
+        dtype="float16",
+        rows=Rows(q=(0,), k=(0, 511, 512, 1023, 1024)),
+        catches="a decode step that sees its own first tile of keys alone",
+    )

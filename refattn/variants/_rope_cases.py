@@ -217,3 +217,19 @@ def _tables() -> Iterator[Case]:
         inputs=table,
         catches="rows of the table read by index 0, 1, ... for queries that stand at 4, 5, ...",
     )
+    yield Case(
+        name="rope/causal_300",
+        spec=SDPA(causal=True, rotary=RoPE(pairing="half")),
+        sizes=sizes((300, 300), (2, 1), (4, 4)),
+        dtype="bfloat16",
+        rows=Rows(q=(0, 127, 128, 256, 299), k=(0, 127, 256, 299)),
+        catches="positions that begin anew with every tile",
+    )
+    yield Case(
+        name="rope/interleaved_513",
+        spec=SDPA(rotary=RoPE(pairing="interleaved")),
+        sizes=sizes((5, 513), (2, 2), (4, 4)),
+        dtype="float16",
+        rows=Rows(q=(0, 4), k=(0, 255, 256, 512)),
+        catches="queries at their own index, where the last one stands with the last key",
+    )

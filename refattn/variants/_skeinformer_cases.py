@@ -141,3 +141,10 @@ def listed() -> Iterator[Case]:
         inputs={"pilot": indices(4, 1), "columns": indices(0, 1, 2, 6, 4, 2, 3, 5, 1)},
         catches="a geometric mean in float32 beside double-precision logits",
     )
+    yield Case(
+        name="skeinformer/keys_513",
+        spec=Skeinformer(reuse_pilot=False),
+        sizes=sketch(2, 4, (3, 513), (1, 1), (2, 2)),
+        inputs={"pilot": indices(2, 0), "columns": indices(512, 0, 255, 256)},
+        catches="513 − d keys that stand for the undrawn counted in 16 bits; the last column taken for padding",
+    )

@@ -116,3 +116,10 @@ def _cases() -> Iterator[Case]:
         seed=2,
         catches="a bias gathered in float32 beside double-precision scores",
     )
+    yield Case(
+        name="t5/bidirectional_300",
+        spec=SDPA(bias=(T5(buckets=16, max_distance=200, bidirectional=True),)),
+        sizes=sizes((300, 300), (2, 2), (4, 4)),
+        rows=Rows(q=(0, 150, 299), k=(0, 149, 151, 299)),
+        catches="distances beyond a tile clipped to it",
+    )

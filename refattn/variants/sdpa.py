@@ -108,7 +108,12 @@ def signature(spec: SDPA) -> dict[str, Array]:
     if spec.keep_probability is not None:
         arrays["keep"] = Array(pairs, "bool", "choice", broadcast=True)
     for term in spec.terms:
-        arrays |= _module(term).signature(term)
+        own = _module(term).signature(term)
+        other = next((name for name in own if arrays.get(name, own[name]) != own[name]), None)
+        if other is not None:
+            sizes = f"{arrays[other]} to one of these terms and {own[other]} to another"
+            raise SpecError(f"{other} is {sizes}: {spec.terms}")
+        arrays |= own
     return arrays
 
 

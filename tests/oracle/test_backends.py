@@ -139,4 +139,5 @@ def test_a_correct_implementation_passes_the_committed_suite(fn):
     report = validate(fn, folder=folder_of_suite())
     assert report.ok, repr(report)
     assert len(report.passed) >= 80
-    assert all(load(line.case).spec.variant != "sdpa" for line in report.unsupported)
+    refused = [load(line.case).spec for line in report.unsupported]
+    assert all(spec.variant != "sdpa" or spec.rotary or spec.content for spec in refused)

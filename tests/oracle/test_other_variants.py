@@ -14,7 +14,11 @@ def folder(tmp_path_factory):
     """Two of Linformer's cases: one with an option, one without."""
     chosen = [c for c in registry.info("linformer").cases() if c.name in ("linformer/shared", "linformer/per_head")]
     built = {case.name: build(case) for case in chosen}
-    path = tmp_path_factory.mktemp("linformer")
+    return published(tmp_path_factory, built)
+
+
+def published(tmp_path_factory, built):
+    path = tmp_path_factory.mktemp("suite")
     suite.publish(path, {name: (b.manifest, b.tensors) for name, b in built.items()})
     return path
 
@@ -65,3 +69,42 @@ def test_a_mistake_fails_without_a_diagnosis_of_another_variant(folder):
     report = ra.validate(exchanged, folder=folder)
     assert [line.verdict for line in report.lines] == ["fail", "fail"]
     assert not report.mistakes
+
+
+# Terms within a variant, and outputs beside out and lse
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory):
+    """A case with a bias that is not the default, and with cotangents of four outputs."""
+    case = next(registry.info("attention_alignment").cases())
+    return published(tmp_path_factory, {case.name: build(case)})
+
+
+def alignment(q, k, v, temperature, t5_table, *, bias, causal, scale, **duals):
+    assert bias == {"variant": "t5", "buckets": 8, "max_distance": 12, "bidirectional": False}
+    spec = ra.AttentionAlignment(bias=registry.from_json(bias), causal=causal, scale=scale)
+    x = {"q": q, "k": k, "v": v, "temperature": temperature, "t5_table": t5_table}
+    outputs = ra.evaluate(spec, x, want=("out", "lse", "max_prob", "entropy"))
+    return dict(outputs) | dict(ra.vjp(spec, x, {name[1:]: dual for name, dual in duals.items()}))
+
+
+def with_all(*, q, k, v, temperature, t5_table, dout, dlse, dmax_prob, dentropy, bias, causal, scale=1.0):
+    duals = {"dout": dout, "dlse": dlse, "dmax_prob": dmax_prob, "dentropy": dentropy}
+    return alignment(q, k, v, temperature, t5_table, bias=bias, causal=causal, scale=scale, **duals)
+
+
+def with_two(*, q, k, v, temperature, t5_table, dout, dlse, bias, causal, scale=1.0):
+    return alignment(q, k, v, temperature, t5_table, bias=bias, causal=causal, scale=scale, dout=dout, dlse=dlse)
+
+
+def test_a_term_comes_as_plain_data_and_every_output_is_compared(aligned):
+    (line,) = ra.validate(with_all, folder=aligned).lines
+    assert line.verdict == "pass", line.words
+    assert {"out", "lse", "max_prob", "entropy", "dq", "dtemperature", "dt5_table"} <= set(line.outputs)
+
+
+def test_gradients_for_some_of_the_cotangents_are_not_compared(aligned):
+    (line,) = ra.validate(with_two, folder=aligned).lines
+    assert line.verdict == "pass", line.words
+    assert set(line.outputs) == {"out", "lse", "max_prob", "entropy"}

@@ -65,3 +65,16 @@ def test_one_after_the_other_is_the_second_axis_of_the_first_s_result():
     for axis, layer in by_axis.items():
         found = unprojected(layer, ra.evaluate(ra.Axial(width=IMAGE[1], axes=(axis,)), projected(layer, found)).out)
     close(found, module(x))
+
+
+def test_position_sensitive_attention_with_tables_of_zeros_is_the_package_s_along_each_axis():
+    _, by_axis = layers(tied=False)
+    x = torch.randn(2, *IMAGE, HEADS * WIDTH, dtype=torch.float64)
+    for axis, layer in by_axis.items():
+        span = IMAGE[axis == "width"]
+        tables = dict.fromkeys(("rq", "rk", "rv"), np.zeros((2 * span - 1, WIDTH)))
+        spec = ra.AxialDeepLab(span=span, axis=axis, scale=WIDTH**-0.5)
+        found = unprojected(layer, ra.evaluate(spec, projected(layer, x) | tables).out)
+        lines = x.transpose(1, 2) if axis == "height" else x
+        expected = layer(lines.reshape(-1, span, HEADS * WIDTH)).reshape(lines.shape)
+        close(found, expected.transpose(1, 2) if axis == "height" else expected)

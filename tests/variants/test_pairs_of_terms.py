@@ -12,6 +12,7 @@ from checks import near
 
 import refattn as ra
 from refattn import api
+from refattn.errors import SpecError
 from refattn.oracle.offer import dense
 from refattn.plan import execute
 from refattn.variants._place import place
@@ -22,11 +23,17 @@ TERMS = {name: info.example for name, info in INFOS.items()} | {
     "learned alibi": ra.ALiBi(slopes="learned"),
     "interpolated alibi": ra.ALiBiInterpolation(train_length=3),
     "bidirectional t5": ra.T5(bidirectional=True),
+    "shaw per head": ra.Shaw(clip=2, heads="per_head"),
+    "shaw of keys": ra.Shaw(clip=3, values=False),
     "rope by a table": ra.RoPE(pairing="interleaved", angles="table", width=2, part="last"),
 }
 PLACES = {name: INFOS[spec.variant].place for name, spec in TERMS.items()}
+# Terms that take an array of one name and other sizes have no problem in common; nor do two rotations.
+APART = [("shaw", "shaw per head"), ("shaw", "shaw of keys"), ("shaw per head", "shaw of keys")]
 PAIRS = [
-    pair for pair in combinations_with_replacement(TERMS, 2) if [PLACES[name] for name in pair].count("rotary") < 2
+    pair
+    for pair in combinations_with_replacement(TERMS, 2)
+    if pair not in APART and [PLACES[name] for name in pair].count("rotary") < 2
 ]
 SIZES = {"B": 2, "Hq": 4, "Hkv": 2, "Lq": 6, "Lk": 9, "D": 4, "Dv": 2, "P": 9}
 EVERY_PAIR = pytest.mark.parametrize("names", PAIRS, ids=" + ".join)
@@ -80,3 +87,9 @@ def test_a_rotation_comes_before_everything_else(names, rng):
     resolved = api.build(spec, x, "float64", ("out",)).spec
     q, k = INFOS[spec.rotary.variant].module.rotate(resolved.rotary, x, place(spec.causal, x))
     agree(evaluate(replace(spec, rotary=None), x | {"q": q, "k": k}), evaluate(spec, x))
+
+
+@pytest.mark.parametrize("names", APART, ids=" + ".join)
+def test_two_tables_of_one_name_and_other_sizes_are_refused(names):
+    with pytest.raises(SpecError, match=r"shaw_k is \(.*\) real to one of these terms and \(.*\) real to another"):
+        ra.explain(ra.SDPA(content=tuple(TERMS[n] for n in names)), SIZES)

@@ -22,6 +22,8 @@ from refattn.space import Bools, Integers, Value, contraction
 _exp, _log, _tanh, _lift = (np.frompyfunc(f, 1, 1) for f in (arb.exp, arb.log, arb.tanh, arb))
 _sqrt, _max, _min = np.frompyfunc(arb.sqrt, 1, 1), np.frompyfunc(arb.max, 2, 1), np.frompyfunc(arb.min, 2, 1)
 _sin, _cos = (np.frompyfunc(f, 1, 1) for f in (lambda x: _turn(x).sin(), lambda x: _turn(x).cos()))
+_sin_pi = np.frompyfunc(lambda t: arb.sin_pi_fmpq(fmpq(t.numerator, t.denominator)), 1, 1)
+_cos_pi = np.frompyfunc(lambda t: arb.cos_pi_fmpq(fmpq(t.numerator, t.denominator)), 1, 1)
 _midpoint, _radius, _float = (np.frompyfunc(f, 1, 1) for f in (arb.mid, arb.rad, float))
 _is_finite, _is_exact, _is_nan = (np.frompyfunc(f, 1, 1) for f in (arb.is_finite, arb.is_exact, arb.is_nan))
 _ZERO: Any = arb(0)
@@ -126,6 +128,14 @@ class BallSpace:
     def cos(self, x: Balls) -> Balls:
         """Cosine."""
         return Balls(_objects(_cos(x._balls)))
+
+    def sin_pi(self, turns: Any) -> Balls:
+        """Sine of π times Fractions; Arb reduces them exactly."""
+        return Balls(_objects(_sin_pi(np.asarray(turns, object))))
+
+    def cos_pi(self, turns: Any) -> Balls:
+        """Cosine likewise."""
+        return Balls(_objects(_cos_pi(np.asarray(turns, object))))
 
     def sqrt(self, x: Balls) -> Balls:
         """Square root; of a ball that reaches below 0, an unbounded ball."""

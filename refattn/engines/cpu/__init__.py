@@ -31,6 +31,9 @@ def refuses(problem: Problem) -> str | None:
         return f"the cpu engine runs Score plans, and {problem.spec.variant} lowers to {type(problem.plan).__name__}"
     if problem.plan.relative or problem.plan.v_table:
         return "the cpu engine has no kernel yet for vectors by relative position"
+    others = [output for output in problem.want if output not in ("out", "lse")]
+    if others:
+        return f"the cpu engine gives out and lse, and not {' and not '.join(others)}"
     return None
 
 
