@@ -159,11 +159,12 @@ def listed() -> Iterator[Case]:
     )
     yield Case(
         name="infini_attention/rotary",
-        spec=InfiniAttention(segment=5, rotary=RoPE(pairing="half", base=16.0)),
-        sizes=tokens(12, (2, 1), (4, 3)),
+        seed=2,
+        spec=InfiniAttention(segment=100, rotary=RoPE(pairing="half", base=16.0)),
+        sizes=tokens(260, (1, 1), (4, 2)),
         dtype="float16",
-        history=8,
-        inputs=HISTORY,
+        history=130,
+        inputs={**HISTORY, "gate": numbers(1.0)},
         want=PUBLISHED,
         catches="rotated keys written into the memory or read from the open segment; positions that pass its end",
     )

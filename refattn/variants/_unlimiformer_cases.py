@@ -48,12 +48,14 @@ def listed() -> Iterator[Case]:
     yield Case(
         name="unlimiformer/padding",
         spec=Unlimiformer(top=3, scale=0.75),
-        sizes=sizes((5, 11), (2, 1), (4, 6), batch=3),
+        sizes=sizes((5, 300), (2, 1), (3, 2), batch=2),
         dtype="bfloat16",
         inputs={
-            "kv_lengths": integers(11, 6, 2),
-            "k": edited(rows_of(NORMAL, (6, 7, 8, 9, 10), 64.0, batch=1), *rows_of(NORMAL, 4, INF, batch=2).edits),
-            "v": rows_of(NORMAL, (6, 7, 8, 9, 10), NAN, batch=1),
+            "kv_lengths": integers(130, 2),
+            "k": edited(
+                rows_of(NORMAL, tuple(range(130, 300)), 64.0, batch=0), *rows_of(NORMAL, 4, INF, batch=1).edits
+            ),
+            "v": rows_of(NORMAL, (2, 130, 299), NAN, batch=1),
         },
         want=FOUND,
         flags=("poison",),
@@ -62,21 +64,21 @@ def listed() -> Iterator[Case]:
     yield Case(
         name="unlimiformer/hidden",
         spec=Unlimiformer(top=4, score="hidden"),
-        sizes=sizes((5, 12), (4, 2), (4, 3)) | {"E": 6},
+        sizes=sizes((5, 12), (2, 1), (4, 3)) | {"E": 6},
         want=FOUND,
         cotangents={"dlse": Recipe()},
-        catches="a query multiplied by Wk of head h in place of key head h // (Hq / Hkv), or by its transpose",
+        catches="a query scaled by its own width E in place of D; keys made of encoded tokens that are found in part",
     )
     yield Case(
         name="unlimiformer/hidden_biases",
         spec=Unlimiformer(top=3, score="hidden"),
-        seed=2,
-        sizes=sizes((6, 9), (2, 2), (3, 4), batch=2) | {"E": 5},
+        seed=4,
+        sizes=sizes((6, 9), (4, 2), (3, 4), batch=2) | {"E": 5},
         dtype="float16",
-        inputs={"kv_lengths": integers(9, 5), **biases},
+        inputs={"kv_lengths": integers(9, 5), "w_q": Recipe(exp2=-10), "w_k": Recipe(exp2=-10), **biases},
         want=FOUND,
         cotangents={"dlse": Recipe()},
-        catches="a bias of the keys that is not given back to their logits, which lse shows; one of values left out",
+        catches="a bias of the keys that is not given back to their logits, as lse shows; Wk of another key head",
     )
     yield Case(
         name="unlimiformer/everything_found",
@@ -113,9 +115,9 @@ def listed() -> Iterator[Case]:
         name="unlimiformer/tokens_1025",
         spec=Unlimiformer(top=5),
         sizes=sizes((4, 1025), (1, 1), (4, 3)),
-        rows=Rows(q=(0, 1, 2, 3), k=(0, 1, 512, 1024)),
+        rows=Rows(q=(0, 1, 2, 3), k=(0, 50, 140, 984, 1023)),
         want=FOUND,
-        catches="the nearest of each tile of keys in place of all, or all but the last key",
+        catches="the nearest of each tile of keys in place of all; gradients into keys that nobody has found",
     )
     yield Case(
         name="unlimiformer/hidden_300",

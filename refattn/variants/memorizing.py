@@ -162,13 +162,16 @@ def validate(spec: Memorizing, x: Mapping[str, Any]) -> None:
     sdpa.validate(_near(spec), x)
 
 
-def _scored(spec: Memorizing, x: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Queries and keys as they are ranked, and the temperature of each head, (Hq,1,1) or 1."""
+def _scored(spec: Memorizing, x: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Queries and keys as they are scored, the length of queries (B,Hq,L,1) and the temperature of each head, or 1."""
     if not spec.normalise:
-        return x["q"], x["k"], 1
-    q, k = (rows / sqrt(total(rows * rows, -1, keepdims=True) + real(spec.epsilon, rows)) for rows in (x["q"], x["k"]))
+        return x["q"], x["k"], 1, 1
+    q_size, k_size = (
+        sqrt(total(rows * rows, -1, keepdims=True) + real(spec.epsilon, rows)) for rows in (x["q"], x["k"])
+    )
     sharpness = reshape(x["sharpness"], (x["q"].shape[1], 1, 1))
-    return q, k, absolute(sharpness) if spec.temperature == "absolute" else exp(sharpness)
+    heat = absolute(sharpness) if spec.temperature == "absolute" else exp(sharpness)
+    return x["q"] / q_size, x["k"] / k_size, q_size, heat
 
 
 def _kept(spec: Memorizing, rows: Any) -> Any:
@@ -179,7 +182,7 @@ def _kept(spec: Memorizing, rows: Any) -> Any:
 def reference(spec: Memorizing, x: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
     """Piece by piece, none of which crosses a segment's end."""
     batch, heads, count, _ = x["q"].shape
-    q, k, heat = _scored(spec, x)
+    q, k, size, heat = _scored(spec, x)
     memory_k, memory_v, keys, values = (state[name] for name in ("memory_k", "memory_v", "k", "v"))
     learned = {name: array for name, array in x.items() if name not in ("q", "k", "v")}
 
@@ -188,7 +191,8 @@ def reference(spec: Memorizing, x: Mapping[str, Any], state: Mapping[str, Any]) 
     for new, there in list(pieces(state["length"], count, spec.segment)) or [(slice(0, 0), keys.shape[2])]:
         keys, values = extend(keys, k[:, :, new], 2), extend(values, x["v"][:, :, new], 2)
         first = state["length"] + new.stop - there - memory_k.shape[2]
-        s = products(q[:, :, new], memory_k)
+        # A query's length ranks nothing: without it, equal products of given keys are equal to the last bit.
+        s = products(x["q"][:, :, new], memory_k)
         chosen = nearest(s, spec.top) if spec.selection == "exact" else nearest_of_buckets(s, spec.top, first)
         near = learned | {"q": _kept(spec, q[:, :, new]) * heat, "k": _kept(spec, keys), "v": values}
         answer = _combined(spec, near, _kept(spec, memory_k), memory_v, chosen)
@@ -201,7 +205,10 @@ def reference(spec: Memorizing, x: Mapping[str, Any], state: Mapping[str, Any]) 
             memory_k, memory_v = memory_k[:, :, over:], memory_v[:, :, over:]
             keys, values = keys[:, :, there:], values[:, :, there:]
     carried = {"memory_k": memory_k, "memory_v": memory_v, "k": keys, "v": values}
-    return {name: concatenate(parts, 2) for name, parts in found.items()} | {"state": carried}
+    whole = {name: concatenate(parts, 2) for name, parts in found.items()}
+    if spec.normalise:
+        whole["margin"] = whole["margin"] / reshape(size, whole["margin"].shape)
+    return whole | {"state": carried}
 
 
 def _combined(spec: Memorizing, near: dict[str, Any], far_k: Any, far_v: Any, chosen: Chosen) -> dict[str, Any]:
@@ -231,7 +238,7 @@ def _combined(spec: Memorizing, near: dict[str, Any], far_k: Any, far_v: Any, ch
 
 def lower(spec: Memorizing, x: Mapping[str, Any], state: Mapping[str, Any]) -> Mix | Merge:
     """No loop: attention masked by the segments' numbers, and over all keys by who is found among those in reach."""
-    q, k, heat = _scored(spec, x)
+    q, k, _, heat = _scored(spec, x)
     ahead, behind = state["k"].shape[2], state["memory_k"].shape[2]
     begin = state["length"] - ahead - behind
     token = begin + np.arange(behind + ahead + q.shape[2])
@@ -246,7 +253,7 @@ def lower(spec: Memorizing, x: Mapping[str, Any], state: Mapping[str, Any]) -> M
     start = (rows - rows % spec.segment)[:, None]
     reach = (token < start) & (token >= start - spec.memory)
     keys = np.repeat(np.asarray(stop(far_k)), q.shape[1] // max(far_k.shape[1], 1), 1)
-    s = np.asarray(stop(q)) @ np.swapaxes(keys, 2, 3)
+    s = np.asarray(stop(x["q"])) @ np.swapaxes(keys, 2, 3)
     if spec.selection == "exact":
         found = above_threshold(s, np.broadcast_to(reach, s.shape), spec.top)
     else:
