@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from refattn.case import NORMAL, Case, Edit, Flag, Recipe, Rows
-from refattn.variants._case_parts import INF, NAN, edited, flagged, integers, rows_of, sizes
+from refattn.variants._case_parts import NAN, edited, flagged, integers, rows_of, sizes
 from refattn.variants.unlimiformer import Unlimiformer
 
 FLAGS: Mapping[str, Flag] = {
@@ -53,7 +53,7 @@ def listed() -> Iterator[Case]:
         inputs={
             "kv_lengths": integers(130, 2),
             "k": edited(
-                rows_of(NORMAL, tuple(range(130, 300)), 64.0, batch=0), *rows_of(NORMAL, 4, INF, batch=1).edits
+                rows_of(NORMAL, tuple(range(130, 300)), 64.0, batch=0), *rows_of(NORMAL, 4, 64.0, batch=1).edits
             ),
             "v": rows_of(NORMAL, (2, 130, 299), NAN, batch=1),
         },
