@@ -90,12 +90,12 @@ def listed() -> Iterator[Case]:
     )
     yield Case(
         name="unlimiformer/faint_differences",
-        spec=Unlimiformer(top=2),
-        seed=3,
+        spec=Unlimiformer(top=3),
         sizes=sizes((6, 12), (1, 1), (4, 4)),
         dtype="float16",
+        seed=7,
         # Keys of ones, but for some 2⁻¹⁰: products that 16 bits hold alike, and values that differ.
-        inputs={"k": edited(Recipe(kind="integers", exp2=-10), Edit(at=(None,) * 4, op="add", value=1.0))},
+        inputs={"k": edited(Recipe(kind="integers", limit=3, exp2=-10), Edit(at=(None,) * 4, op="add", value=1.0))},
         want=FOUND,
         catches="products ranked after they were rounded to 16 bits, where they tie",
     )

@@ -10,6 +10,8 @@ from checks import near, same
 import refattn as ra
 from refattn import api
 from refattn.errors import ShapeError, SpecError
+from refattn.golden import build
+from refattn.golden import inputs as recipes
 from refattn.plan import execute
 
 MODULE = ra.variants()["memorizing"].module
@@ -323,6 +325,18 @@ def test_equal_products_go_to_the_lowest_index_in_reference_and_plan(selection, 
         tokens, _ = chosen(spec, {t: float(products[b, h, i, t]) for t in reach})
         same(found.indices[b, h, i], np.array(tokens + [-1] * (3 - len(tokens))))
     assert (found.margin[:, :, 5:] == 0).any()
+
+
+def test_ranks_by_products_of_16_bits_fail_the_case_that_is_there_for_them():
+    case = next(c for c in MODULE.cases() if c.name == "memorizing/faint_differences")
+    x = recipes.inputs(case)
+    expected = build.problem_of(case, x).evaluate(lambda a: a)["indices"]
+    s = np.einsum("bhid,bhjd->bhij", x["q"].astype(float), x["k"].astype(float))
+    # The second segment finds keys of the first.
+    s, expected = s[:, :, 8:, :8], expected[:, :, 8:]
+    exact, rounded = (np.argsort(-a, -1, kind="stable")[..., :3] for a in (s, s.astype(np.float16)))
+    same(np.sort(exact, -1), np.sort(expected, -1))
+    assert (np.sort(rounded, -1) != np.sort(expected, -1)).any()
 
 
 def built(spec, x):

@@ -11,6 +11,8 @@ from checks import forward_and_gradients, near, same
 import refattn as ra
 from refattn import api
 from refattn.errors import ShapeError, SpecError
+from refattn.golden import build
+from refattn.golden import inputs as recipes
 from refattn.plan import execute
 
 MODULE = ra.variants()["unlimiformer"].module
@@ -230,6 +232,16 @@ def test_equal_products_go_to_the_lowest_index_in_reference_and_plan(rng):
         same(found.indices[b, h, i], np.array(sorted(range(n), key=lambda j: (-products[b, h, i, j], j))[:3]))
     assert (found.margin == 0).any()
     near(execute(built(spec, x).plan)["out"], found.out)
+
+
+def test_ranks_by_products_of_16_bits_fail_the_case_that_is_there_for_them():
+    case = next(c for c in MODULE.cases() if c.name == "unlimiformer/faint_differences")
+    x = recipes.inputs(case)
+    expected = build.problem_of(case, x).evaluate(lambda a: a)["indices"]
+    s = np.einsum("bhid,bhjd->bhij", x["q"].astype(float), x["k"].astype(float))
+    exact, rounded = (np.argsort(-a, -1, kind="stable")[..., :3] for a in (s, s.astype(np.float16)))
+    same(np.sort(exact, -1), np.sort(expected, -1))
+    assert (np.sort(rounded, -1) != np.sort(expected, -1)).any()
 
 
 # The plan, kernels, and gradients by what shares nothing with the tape
