@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help golden test bench stream docs lint wheel mintest peers new clean sameness
+.PHONY: help golden test bench stream docs claims lint wheel mintest peers new clean sameness
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ stream: .venv/.ok  ## a million tokens through the state of a streaming variant:
 docs: .venv/.docs  ## build docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+claims: .venv/.docs  ## check the papers' claims on the CPU, without training; writes docs/claims.md and its pictures
+	PYTHONPATH=tools $(BIN)/python -m claims
 
 lint: .venv/.lint  ## style, types, spelling, the import stair, and no file above 400 lines
 	$(BIN)/ruff check

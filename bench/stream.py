@@ -20,6 +20,10 @@ import refattn as ra
 # By name: a spec whose state does not grow with the tokens, and the sizes of its arrays.
 STREAMS: dict[str, tuple[Any, dict[str, int]]] = {
     "infini_attention": (ra.InfiniAttention(segment=256), {"B": 1, "Hq": 1, "Hkv": 1, "D": 4, "Dv": 4}),
+    "infinity_former": (
+        ra.InfinityFormer(segment=1024, basis=16, sigmas=(0.05,), samples=16, contraction=0.5),
+        {"B": 1, "Hq": 1, "Hkv": 1, "D": 4, "Dv": 4, "E": 4},
+    ),
 }
 TENTHS, HUNDREDTHS = 10, 100
 console = Console()

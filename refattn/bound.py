@@ -13,6 +13,7 @@ Every operation is elementwise or a sum in index order, so the same bits come ou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -20,8 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from refattn.error_function import ERF_ERROR, erf64
 from refattn.errors import DTypeError, Undecided
 from refattn.exponential import EXP_ERROR, LOG_ERROR, exp64, log64
+from refattn.ordered import eliminate, ordered_matmul, ordered_sum
 from refattn.profiles import FLOAT64, UNIT64, Profile
 from refattn.space import FLOAT64 as SPACE64
 from refattn.space import Bools, Integers, Value, contraction
@@ -192,6 +195,25 @@ class BoundSpace:
             e = np.where(x.x - 2 * x.e < 0, np.inf, (e + (p.unit + p.exponential) * (y + 2 * e) + p.tiny) * _SLACK)
         return Bounded(self, y, np.where(_zero(x), 0.0, e))
 
+    def erf(self, x: Bounded) -> Bounded:
+        """|erf'| ≤ 2/√π < 1.1284, and the function's error; erf 0 = 0 exactly."""
+        p, y = self.profile, erf64(x.x)
+        e = np.minimum(1.1284 * x.e, 2.0) + ERF_ERROR * np.abs(y)
+        e = (e + p.hyperbolic * np.minimum(np.abs(y) + 2 * e, 1.0) + p.tiny) * _SLACK
+        return Bounded(self, y, np.where(_zero(x), 0.0, e))
+
+    def pi(self) -> Bounded:
+        """Rounded once."""
+        return Bounded(self, math.pi, self._rounded(np.asarray(math.pi), 2.0**-53))
+
+    def solve(self, a: Bounded, b: Bounded, least: float) -> Bounded:
+        """‖x − x̂‖ ≤ ‖b − a x̂‖ / least for each column; of a kernel that solves for itself nothing is promised."""
+        x = eliminate(a.x, b.x)
+        rest = self.sub(b, self.einsum("ij,jk->ik", a, Bounded(self, x, 0.0)))
+        size = np.abs(rest.x) + rest.e
+        e = np.sqrt(ordered_sum(size * size, [0])) / least * _SLACK
+        return Bounded(self, x, np.where(self.profile is FLOAT64, e, np.inf))
+
     def maximum(self, a: Bounded, b: Bounded) -> Bounded:
         """The larger moves no further than either; no rounding."""
         return Bounded(self, np.maximum(a.x, b.x), np.maximum(a.e, b.e))
@@ -284,9 +306,9 @@ class BoundSpace:
         p = self.profile
         axes = sorted(int(i) for i in np.arange(x.ndim)[np.atleast_1d(axis)])
         length = int(np.prod([x.shape[i] for i in axes], dtype=np.int64))
-        terms = _ordered_sum((~_zero(x)).astype(np.float64), axes)
-        total, strayed = _ordered_sum(x.x, axes), _ordered_sum(x.e, axes)
-        size = _ordered_sum(np.abs(x.x), axes) + 2 * strayed
+        terms = ordered_sum((~_zero(x)).astype(np.float64), axes)
+        total, strayed = ordered_sum(x.x, axes), ordered_sum(x.e, axes)
+        size = ordered_sum(np.abs(x.x), axes) + 2 * strayed
         gamma = self._gamma(terms, length, p.unit, p.saved * (1 + np.frexp(terms)[1]))
         e = (strayed + gamma * size + 3 * terms * p.tiny) * _SLACK
         e = np.where(terms > 1, np.where(size > p.largest, np.inf, e), strayed)
@@ -305,16 +327,16 @@ class BoundSpace:
             return np.ascontiguousarray(array.transpose(c.b_axes).reshape(c.b_shape))
 
         ax, ae, bx, be = left(a.x), left(a.e), right(b.x), right(b.e)
-        x = _ordered_matmul(ax, bx)
+        x = ordered_matmul(ax, bx)
         most_a, most_b = np.abs(ax) + ae, np.abs(bx) + be
         e = np.zeros(x.shape)
         if be.any():
-            e = e + _ordered_matmul(most_a, be)
+            e = e + ordered_matmul(most_a, be)
         if ae.any():
-            e = e + _ordered_matmul(ae, most_b + be)
+            e = e + ordered_matmul(ae, most_b + be)
         # Counts below 2^53 are exact whatever the order in which a matrix product adds them.
         terms = ((ax != 0) | (ae != 0)).astype(np.float64) @ ((bx != 0) | (be != 0)).astype(np.float64)
-        size = _ordered_matmul(most_a + ae, most_b + be)
+        size = ordered_matmul(most_a + ae, most_b + be)
         gamma = np.where(terms > 0, self._gamma(terms, c.a_shape[2], p.accumulation), 0.0)
         e = (e + gamma * size + 3 * terms * p.tiny) * _SLACK
         e = np.where(size > p.largest, np.inf, e)
@@ -339,7 +361,7 @@ class BoundSpace:
         if cotangent or not p.storage:
             return x
         size = np.abs(x.x) + 2 * x.e
-        underflow = p.storage_tiny * (1 + _ordered_sum(size, [size.ndim - 1])[..., None])
+        underflow = p.storage_tiny * (1 + ordered_sum(size, [size.ndim - 1])[..., None])
         e = np.where(size > p.storage_largest, np.inf, (x.e + p.storage * size + underflow) * _SLACK)
         return Bounded(self, x.x, np.where(_zero(x), 0.0, e), settled=True)
 
@@ -363,18 +385,3 @@ def _one(a: Bounded) -> Bools:
 def _growth(t: Any) -> Floats:
     """E^t − 1 from above, for 0 ≤ t ≤ 700."""
     return np.where(t < 0.5, t * (1 + t), exp64(np.minimum(t, 700.0)) * (1 + EXP_ERROR) - 1)
-
-
-def _ordered_sum(x: Floats, axes: Sequence[int]) -> Floats:
-    """Sum in index order, last axis first: accumulate has no freedom that a reduction has."""
-    for axis in reversed(axes):
-        x = np.take(np.add.accumulate(x, axis), -1, axis) if x.shape[axis] else np.zeros(np.delete(x.shape, axis))
-    return x
-
-
-def _ordered_matmul(a: Floats, b: Floats) -> Floats:
-    """(n, m, k) @ (n, k, p), each entry summed in index order of k."""
-    out = np.zeros((a.shape[0], a.shape[1], b.shape[2]))
-    for k in range(a.shape[2]):
-        out += a[:, :, k, None] * b[:, k, None, :]
-    return out

@@ -59,6 +59,16 @@ def cos(x: Any) -> Any:
     return space_of(x).cos(x)
 
 
+def erf(x: Any) -> Any:
+    """The error function (2/√π) ∫_0^x e^(−t²) dt."""
+    return space_of(x).erf(x)
+
+
+def pi(like: Any) -> Any:
+    """The number π in the space of `like`."""
+    return space_of(like).pi()
+
+
 def sin_pi(turns: Any, like: Any) -> Any:
     """Sine of π times exact rationals, an array of Fractions, in the space of `like`; 0, 1 and −1 are exact."""
     space = space_of(like)
@@ -185,6 +195,15 @@ def einsum(letters: str, a: Any, b: Any) -> Any:
     """Two-operand einsum with explicit letters."""
     space = space_of(a, b)
     return space.einsum(letters, space.coerce(a), space.coerce(b))
+
+
+def solve(a: Any, b: Any, least: float) -> Any:
+    """The x of a x = b for a symmetric a (n,n) whose eigenvalues are at least `least` > 0, and b (n,m).
+
+    For constants: a kernel that solved for itself could not be held to any bound.
+    """
+    space = space_of(a, b)
+    return space.solve(space.coerce(a), space.coerce(b), least)
 
 
 def where(condition: Bools, a: Any, b: Any) -> Any:

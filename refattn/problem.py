@@ -255,7 +255,9 @@ def _check_domain(name: str, domain: str, given: NDArray[Any], sizes: Mapping[st
         raise ShapeError(f"{name} must hold finite numbers above 0; given: {given.tolist()}")
     if kind == "positions" and given.size and max(-int(given.min()), int(given.max())) > _FARTHEST:
         raise ShapeError(f"{name} must lie between -2^52 and 2^52; given: {given.min()} to {given.max()}")
-    if kind == "indices" and given.size and (given.min() < 0 or given.max() >= sizes[dim]):
-        raise ShapeError(f"{name} must lie between 0 and {dim} - 1 = {sizes[dim] - 1}; given: {given.tolist()}")
+    if kind == "indices":
+        limit = int(dim) if dim.isdigit() else sizes[dim]
+        if given.size and (given.min() < 0 or given.max() >= limit):
+            raise ShapeError(f"{name} must lie between 0 and {dim} - 1 = {limit - 1}; given: {given.tolist()}")
     if kind == "lengths" and given.size and (given.min() < 0 or given.max() > sizes[dim]):
         raise ShapeError(f"{name} must lie between 0 and {dim} = {sizes[dim]}; given: {given.tolist()}")

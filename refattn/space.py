@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import erf
 
 from refattn.cache import extend
 
@@ -109,7 +110,7 @@ class Float64:
 
     add, sub, mul, div = np.add, np.subtract, np.multiply, np.true_divide
     exp, log, tanh, sin, cos, sqrt = np.exp, np.log, np.tanh, np.sin, np.cos, np.sqrt
-    maximum, minimum = np.maximum, np.minimum
+    maximum, minimum, erf = np.maximum, np.minimum, erf
     finite = np.isfinite
     reshape, transpose, broadcast = staticmethod(np.reshape), staticmethod(np.transpose), staticmethod(np.broadcast_to)
     take, where, concatenate = staticmethod(np.take), staticmethod(np.where), staticmethod(np.concatenate)
@@ -131,6 +132,14 @@ class Float64:
         c = contraction(letters, a.shape, b.shape)
         product = np.transpose(a, c.a_axes).reshape(c.a_shape) @ np.transpose(b, c.b_axes).reshape(c.b_shape)
         return product.reshape(c.shape).transpose(c.axes)
+
+    def pi(self) -> Any:
+        """The nearest double."""
+        return np.float64(np.pi)
+
+    def solve(self, a: Any, b: Any, least: float) -> Any:
+        """By LAPACK."""
+        return np.linalg.solve(a, b)
 
     def extend(self, cache: Any, rows: Any, axis: int) -> Any:
         """In spare room behind the cache, where there is some."""

@@ -97,8 +97,8 @@ class Array:
     """One array of a signature: dimensions by name, or a number where the spec fixes the size; kind and role.
 
     `domain` narrows the values: "any", "positive" (and finite), "positions" (any integers), "lengths:<dim>" (0 to that
-    size), "indices:<dim>" (0 to one less), "segments" (any integers). A `broadcast` array may lack leading dimensions
-    or have size 1 in any.
+    size), "indices:<dim>" (0 to one less, the dim a name or a number), "segments" (any integers). A `broadcast` array
+    may lack leading dimensions or have size 1 in any.
     """
 
     dims: str

@@ -119,6 +119,27 @@ class Tape:
         """d cos x = −sin x dx."""
         return self._node(numeric.cos(x.value), (x, lambda g: -g * numeric.sin(x.value)))
 
+    def erf(self, x: Any) -> Any:
+        """d erf x = (2/√π) exp(−x²) dx."""
+        y = x.value
+        return self._node(
+            numeric.erf(y), (x, lambda g: g * 2 * numeric.exp(-(y * y)) / numeric.sqrt(numeric.pi(like=y)))
+        )
+
+    def pi(self) -> Any:
+        """Of the inner space."""
+        return numeric.pi(like=self.nodes[0].value)
+
+    def solve(self, a: Any, b: Any, least: float) -> Any:
+        """With h = a⁻¹ g for the cotangent g of x: db = h, da = −h xᵀ."""
+        matrix = _value(a)
+        node = self._node(
+            numeric.solve(matrix, _value(b), least),
+            (a, lambda g: -numeric.einsum("ik,jk->ij", numeric.solve(matrix, g, least), node.value)),
+            (b, lambda g: numeric.solve(matrix, g, least)),
+        )
+        return node
+
     def sin_pi(self, turns: Any) -> Any:
         """A constant: of the inner space of whatever has been recorded."""
         return numeric.sin_pi(turns, like=self.nodes[0].value)

@@ -30,6 +30,8 @@ SPECS = {info.name: info.example for info in ra.variants().values()} | {
     "axial_deeplab with norms": ra.AxialDeepLab(span=1, axis="width", norm=True),
     "latents on both sides": ra.DBA(form="two_sided"),
     "mixtures of a head": ra.Linformer(sharing="kv", heads="per_head"),
+    "drawn bins": ra.InfinityFormer(segment=2, basis=2, samples=3, contraction=0.5, sticky=True, bins=4, bias=True),
+    "mask net": ra.InfinityFormer(segment=2, basis=4, parameters="moments", density="sparsemax", mask=True),
     "a temperature": ra.AttentionAlignment(bias=ra.ALiBi(slopes="learned"), divide="scores"),
     "part turned": ra.RoPE(pairing="interleaved", width=0, angles="float32"),
     "columns of exact sums": ra.Skeinformer(normalisation="none", reuse_pilot=False),
@@ -52,6 +54,12 @@ OTHER_KINDS = {"real": (np.int64, np.bool_), "int": (np.float64, np.bool_), "boo
 def signature_of(spec):
     whole, module = registry.whole(spec)
     return module.signature(whole)
+
+
+def limit(array, sizes):
+    """What the domain of lengths or indices is counted by: a dimension's size, or a number."""
+    dim = array.domain.partition(":")[2]
+    return int(dim) if dim.isdigit() else sizes[dim]
 
 
 @st.composite
@@ -82,7 +90,7 @@ def problems(draw, least=0):
         elif array.kind == "bool":
             arrays[name] = np.asarray(rng.random(shape) < 0.5)
         else:
-            high = sizes[array.domain.partition(":")[2]] if ":" in array.domain else 5
+            high = limit(array, sizes) if ":" in array.domain else 5
             high -= array.domain.startswith("indices")
             assume(high >= 0 or 0 in shape)
             integer = draw(st.sampled_from([np.int64, np.int32, np.uint8]))
@@ -223,9 +231,13 @@ def test_lengths_and_positions_out_of_range(problem, data):
     assume(names)
     name = data.draw(st.sampled_from(names))
     sizes = problem_module.check(signature, arrays)
-    kind, _, dim = signature[name].domain.partition(":")
+    kind = signature[name].domain.partition(":")[0]
     changed = np.zeros(signature[name].shape(sizes), np.int64)
-    beyond = [-(2**53), 2**63 - 1] if kind == "positions" else [-1, sizes[dim] + (kind == "lengths"), 2**40]
+    beyond = (
+        [-(2**53), 2**63 - 1]
+        if kind == "positions"
+        else [-1, limit(signature[name], sizes) + (kind == "lengths"), 2**40]
+    )
     changed.flat[-1] = data.draw(st.sampled_from(beyond))
     message = refusal(spec, arrays | {name: changed}, ShapeError)
     assert message.startswith(f"{name} must lie between ")

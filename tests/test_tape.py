@@ -32,6 +32,14 @@ def positive(*shape):
     return lambda rng: rng.random(shape) + 0.5
 
 
+def definite(n):
+    def symmetric(rng):
+        a = rng.standard_normal((n, n))
+        return a @ a.T + np.eye(n)
+
+    return symmetric
+
+
 A, B = normal(3, 4), normal(3, 4)
 # Each primitive as a function of its inputs, with the inputs.
 PRIMITIVES = {
@@ -54,6 +62,9 @@ PRIMITIVES = {
     "sin": (numeric.sin, A),
     "cos": (numeric.cos, A),
     "sqrt": (numeric.sqrt, positive(3, 4)),
+    "erf": (numeric.erf, A),
+    "pi": (lambda x: x * numeric.pi(x), A),
+    "solve": (lambda a, b: numeric.solve(a, b, 0.5), definite(3), normal(3, 2)),
     "constant": (lambda x: x * numeric.constant(lambda like: numeric.cos(numeric.real(3, like)), x), A),
     "maximum": (numeric.maximum, A, B),
     "maximum_of_a_row": (numeric.maximum, A, normal(4)),

@@ -20,7 +20,8 @@ from refattn.errors import DTypeError, Undecided
 from refattn.space import Bools, Integers, Value, contraction
 
 _exp, _log, _tanh, _lift = (np.frompyfunc(f, 1, 1) for f in (arb.exp, arb.log, arb.tanh, arb))
-_sqrt, _max, _min = np.frompyfunc(arb.sqrt, 1, 1), np.frompyfunc(arb.max, 2, 1), np.frompyfunc(arb.min, 2, 1)
+_sqrt, _erf = np.frompyfunc(arb.sqrt, 1, 1), np.frompyfunc(arb.erf, 1, 1)
+_max, _min = np.frompyfunc(arb.max, 2, 1), np.frompyfunc(arb.min, 2, 1)
 _sin, _cos = (np.frompyfunc(f, 1, 1) for f in (lambda x: _turn(x).sin(), lambda x: _turn(x).cos()))
 _sin_pi = np.frompyfunc(lambda t: arb.sin_pi_fmpq(fmpq(t.numerator, t.denominator)), 1, 1)
 _cos_pi = np.frompyfunc(lambda t: arb.cos_pi_fmpq(fmpq(t.numerator, t.denominator)), 1, 1)
@@ -128,6 +129,29 @@ class BallSpace:
     def cos(self, x: Balls) -> Balls:
         """Cosine."""
         return Balls(_objects(_cos(x._balls)))
+
+    def erf(self, x: Balls) -> Balls:
+        """Error function."""
+        return _undetermined(_objects(_erf(x._balls)), x)
+
+    def pi(self) -> Balls:
+        """To the precision of the moment."""
+        return Balls(_object(arb.pi()))
+
+    def solve(self, a: Balls, b: Balls, least: float) -> Balls:
+        """By `arb_mat`, which proves that the matrix is regular.
+
+        Raises
+        ------
+        Undecided
+            It cannot at this precision.
+        """
+        (n, m), left, right = b.shape, a._balls.ravel().tolist(), b._balls.ravel().tolist()
+        try:
+            found = arb_mat(n, n, left).solve(arb_mat(n, m, right))
+        except ZeroDivisionError:
+            raise Undecided("a matrix that the radii do not prove regular: more bits will") from None
+        return Balls(_filled(found.entries(), (n, m)))
 
     def sin_pi(self, turns: Any) -> Balls:
         """Sine of π times Fractions; Arb reduces them exactly."""
