@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help golden test bench docs claims lint wheel mintest peers new clean sameness
+.PHONY: help golden test bench stream docs claims lint wheel mintest peers new clean sameness
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ test: .venv/.ok  ## the whole test suite, on the CPU
 bench: .venv/.ok  ## time the registry's variants, engine by engine; see bench/README.md
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-autosave --benchmark-sort=fullname \
 		--benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
+
+stream: .venv/.ok  ## a million tokens through the state of a streaming variant: time and memory
+	$(BIN)/python bench/stream.py
 
 docs: .venv/.docs  ## build docs/_build/html; a warning is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html

@@ -23,8 +23,8 @@ class Variant(Protocol):
     A streaming variant offers `state(spec, length)`, the arrays that it carries after so many tokens, and gives them
     as "state" among its outputs; it is given them, with their "length", in the last argument. Its signature calls the
     number of tokens L. A module may also offer `validate(spec, x)`, which refuses what only the arrays together tell,
-    `cases()`, `restrict(spec, x, rows)` for the published rows of long cases, and `operations(spec, sizes)` for
-    `explain`.
+    `cases()` (there, or in _<name>_cases beside it, with FLAGS), `restrict(spec, x, rows)` for the published rows of
+    long cases, and `operations(spec, sizes)` for `explain`.
     """
 
     def signature(self, spec: Any) -> dict[str, Array]:

@@ -73,13 +73,27 @@ class Info:
             found: Spec = next(self.cases()).spec
             return found
 
+    @property
+    def _listed(self) -> ModuleType | None:
+        """Where its golden cases are: its own module, or _<name>_cases beside it."""
+        if hasattr(self.module, "cases"):
+            return self.module
+        parent, _, own = self.module.__name__.rpartition(".")
+        name = f"{parent}._{own}_cases"
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name not in (name, parent):
+                raise
+            return None
+
     def flags(self) -> dict[str, Flag]:
-        """What the flags mean that only the module's own cases have."""
-        return dict(getattr(self.module, "flags", dict)())
+        """What the flags mean that only its own cases have: the FLAGS beside them."""
+        return dict(getattr(self._listed, "FLAGS", {}))
 
     def cases(self) -> Iterator[Any]:
-        """Golden cases the module offers."""
-        yield from getattr(self.module, "cases", tuple)()
+        """Its golden cases."""
+        yield from getattr(self._listed, "cases", tuple)()
 
 
 @cache

@@ -36,6 +36,8 @@ SPECS = {info.name: info.example for info in ra.variants().values()} | {
     "part turned": ra.RoPE(pairing="interleaved", width=0, angles="float32"),
     "columns of exact sums": ra.Skeinformer(normalisation="none", reuse_pilot=False),
     "chosen queries, causal": ra.Informer(causal=True, lazy="cumsum", measure="lse_mean", divisor="samples", factor=1),
+    "what is found, jointly": ra.Memorizing(segment=2, memory=3, top=2, combine="joint", normalise=True, bias=ra.T5()),
+    "tokens by hidden states": ra.Unlimiformer(top=2, score="hidden"),
 }
 FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2)
 FOREIGN = {

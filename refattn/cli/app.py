@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING
 from typing import Annotated
 
 import typer
@@ -37,9 +38,17 @@ def variants() -> None:
 def info(name: Annotated[str, typer.Argument(help="a name that `refattn variants` prints")]) -> None:
     """Print a variant's formula, sources, options and arrays."""
     found = registry.info(name)
-    console.print(escape(found.doc.strip()), highlight=False)
+    # Formulas keep their lines, however narrow the terminal.
+    console.print(escape(found.doc.strip()), highlight=False, soft_wrap=True)
     console.print("\noptions", style="bold")
     for field in found.spec.__dataclass_fields__.values():
-        console.print(f"  {field.name} = {field.default!r}", markup=False)
-    console.print("\narrays", style="bold")
-    console.print(describe(found.module.signature(found.example)) or "  none", markup=False)
+        default = "(to be given)" if field.default is MISSING else f"= {field.default!r}"
+        console.print(f"  {field.name} {default}", markup=False)
+    arrays = {"arrays": found.module.signature(found.example)}
+    if hasattr(found.module, "outputs"):
+        arrays["outputs"] = found.module.outputs(found.example)
+    if hasattr(found.module, "state"):
+        arrays["state"] = found.module.state(found.example, 0)
+    for title, listed in arrays.items():
+        console.print(f"\n{title}", style="bold")
+        console.print(describe(listed) or "  none", markup=False, soft_wrap=True)

@@ -136,7 +136,7 @@ def listed() -> Iterator[Case]:
     yield Case(
         name="expire_span/tokens_300",
         spec=ExpireSpan(max_span=24, own="included", divisor=4.0, coefficient=2.0),
-        sizes=tokens(300, (2, 1), (2, 2), 2),
+        sizes=tokens(300, (1, 1), (2, 2), 2),
         dtype="float16",
         inputs={"span_bias": numbers(2.0)},
         want=("out", "loss", "vjp"),

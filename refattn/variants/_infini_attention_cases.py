@@ -9,11 +9,13 @@ from typing import Any
 from refattn.case import NORMAL, Case, Edit, Flag, Recipe
 from refattn.variants._case_parts import edited, flagged, numbers
 from refattn.variants.infini_attention import InfiniAttention
+from refattn.variants.rope import RoPE
 
 FLAGS: Mapping[str, Flag] = {
     "infini": Flag("A compressive memory beside attention inside a segment, with the gradients through the memory."),
     "infini_delta": Flag("The delta rule writes what the memory does not give yet.", ("huggingface/blog#2270",)),
     "infini_options": Flag("Another convention for the first segment, the divisor, the gate or z than the paper's."),
+    "infini_rotary": Flag("Rotation by positions inside the segment, of which the memory sees nothing."),
     "history": Flag("Tokens have gone before: the state's arrays are inputs, with their gradients."),
     "state": Flag("The arrays carried on are published."),
 }
@@ -35,11 +37,12 @@ def cases() -> Iterator[Case]:
 def own_flags(case: Case) -> Iterator[str]:
     """What the Spec says of a case."""
     spec: Any = case.spec
-    usual = InfiniAttention(segment=spec.segment, update=spec.update, scale=spec.scale)
+    usual = InfiniAttention(segment=spec.segment, update=spec.update, scale=spec.scale, rotary=spec.rotary)
     present = {
         "infini": True,
         "infini_delta": spec.update == "delta",
         "infini_options": spec != usual,
+        "infini_rotary": spec.rotary is not None,
         "history": case.history > 0,
         "state": "state" in case.want,
         "scale": spec.scale is not None,
@@ -138,21 +141,32 @@ def listed() -> Iterator[Case]:
     yield Case(
         name="infini_attention/tokens_257",
         spec=InfiniAttention(segment=64),
-        sizes=tokens(257, (2, 1), (3, 2)),
+        sizes=tokens(257, (1, 1), (2, 2)),
         dtype="bfloat16",
-        inputs={"gate": numbers(1.5, 0.5)},
+        inputs={"gate": numbers(1.5)},
         want=("out", "vjp"),
         catches="a last segment of one token that is written early, or reads a memory one segment old",
     )
     yield Case(
         name="infini_attention/delta_300",
         spec=InfiniAttention(segment=100, update="delta"),
-        sizes=tokens(300, (1, 1), (2, 3)),
+        sizes=tokens(300, (1, 1), (2, 2)),
         dtype="float16",
         history=250,
         inputs={**HISTORY, "gate": numbers(1.0), "v": Recipe(exp2=-9)},
         want=PUBLISHED,
         catches="a memory written where calls end instead of segments of 100, whose ends are tokens 50, 150 and 250",
+    )
+    yield Case(
+        name="infini_attention/rotary",
+        seed=2,
+        spec=InfiniAttention(segment=100, rotary=RoPE(pairing="half", base=16.0)),
+        sizes=tokens(260, (1, 1), (4, 2)),
+        dtype="float16",
+        history=130,
+        inputs={**HISTORY, "gate": numbers(1.0)},
+        want=PUBLISHED,
+        catches="rotated keys written into the memory or read from the open segment; positions that pass its end",
     )
     yield Case(
         name="infini_attention/float64",

@@ -19,7 +19,7 @@ code, BLOOM and flash-attention (equal only without sink, softcap after it, or l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -27,7 +27,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.case import Case, Flag
 from refattn.dtypes import nearest, root_of_two
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import real, reshape, where
@@ -125,18 +124,6 @@ def lower_term(spec: ALiBi, x: Mapping[str, Any], at: Place) -> tuple[Bias, ...]
     return (Table(values=values, offset=-low),)
 
 
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._alibi_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases of the biases."""
-    from refattn.variants._alibi_cases import cases as listed
-
-    return listed()
 
 
 def _slopes(spec: ALiBi, x: Mapping[str, Any]) -> tuple[Any, Any]:

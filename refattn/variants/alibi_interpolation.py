@@ -19,7 +19,7 @@ which shrinks angles; slopes fitted anew to the longer sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -27,7 +27,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.case import Case, Flag
 from refattn.errors import SpecError
 from refattn.numeric import real, reshape, where
 from refattn.plan import Bias, Dense, Slope
@@ -90,18 +89,6 @@ def lower_term(spec: ALiBiInterpolation, x: Mapping[str, Any], at: Place) -> tup
     return (Dense(values=-np.asarray(shrunk)[:, :, None, None] * np.abs(at.j - at.i)),)
 
 
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._alibi_interpolation_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases of both modes."""
-    from refattn.variants._alibi_interpolation_cases import cases as listed
-
-    return listed()
 
 
 def _length(spec: ALiBiInterpolation, x: Mapping[str, Any]) -> NDArray[np.int64]:

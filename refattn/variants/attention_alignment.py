@@ -24,13 +24,12 @@ package to compare with; at tau = 1 it is T5's attention, which `t5` holds again
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.errors import SpecError
 from refattn.numeric import (
     amax,
@@ -182,17 +181,3 @@ def restrict(spec: AttentionAlignment, x: Mapping[str, Any], rows: tuple[int, ..
 def operations(spec: AttentionAlignment, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Those of the attention that is divided."""
     return sdpa.operations(_undivided(spec), sizes)
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._attention_alignment_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._attention_alignment_cases import cases as listed
-
-    return listed()

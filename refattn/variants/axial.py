@@ -20,13 +20,12 @@ which adds relative terms to q, k and v and has no scale; that package's layers,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import reshape, transpose
@@ -145,17 +144,3 @@ def operations(spec: Axial, sizes: Mapping[str, int]) -> tuple[int, int]:
     length = {"height": sizes["Lq"] // spec.width, "width": spec.width}
     pairs = sizes["B"] * sizes["Hq"] * sizes["Lq"] * sum(length[axis] for axis in spec.axes)
     return 2 * pairs * (sizes["D"] + sizes["Dv"]), 8 * pairs
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._axial_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._axial_cases import cases as listed
-
-    return listed()

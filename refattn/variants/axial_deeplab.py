@@ -31,13 +31,12 @@ with projections of its own); Shaw, whose logits have no key term and whose tabl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import concatenate, einsum, finite, real, reshape, softmax_attend, take, transpose
 from refattn.plan import Dense, Relative, Score, ValueTable
@@ -229,17 +228,3 @@ def operations(spec: AxialDeepLab, sizes: Mapping[str, int]) -> tuple[int, int]:
     pairs = sizes["B"] * sizes["Hq"] * sizes["Lq"] * spec.span
     logits, values = (sum(n.startswith("sv") == sv for n in spec.normed) for sv in (False, True))
     return 2 * pairs * (logits * sizes["D"] + values * sizes["Dv"]), 8 * pairs
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._axial_deeplab_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._axial_deeplab_cases import cases as listed
-
-    return listed()

@@ -32,7 +32,7 @@ root.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -40,7 +40,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import concatenate, einsum, real, reshape, sqrt, stored, total, transpose, where
@@ -209,17 +208,3 @@ def operations(spec: CausalTransformer, sizes: Mapping[str, int]) -> tuple[int, 
     pairs = attentions * sizes["Lq"]
     last = sizes["Dv"] if spec.final_layer else 0
     return 2 * attentions * sizes["E"] * (width + last) + 2 * pairs * (sizes["D"] + sizes["Dv"]), 8 * pairs
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._causal_transformer_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._causal_transformer_cases import cases as listed
-
-    return listed()

@@ -39,13 +39,12 @@ for good the gradient of its keys' and values' weights; a position of a slot tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.errors import SpecError
 from refattn.numeric import (
     amax,
@@ -230,17 +229,3 @@ def lower(spec: Compressive, x: Mapping[str, Any], state: Mapping[str, Any]) -> 
 def operations(spec: Compressive, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Floating-point operations but for compression and loss, forward, and bytes of the float64 scores."""
     return _xl.operations(sizes, min(spec.segment + spec.memory, sizes["L"]) + spec.compressed)
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._compressive_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._compressive_cases import cases as listed
-
-    return listed()

@@ -30,13 +30,12 @@ Perceiver, whose latents are updated and then attended to without returning to t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import broadcast, concatenate, einsum, exp, real, row_max, stored, total, where
@@ -166,17 +165,3 @@ def operations(spec: DBA, sizes: Mapping[str, int]) -> tuple[int, int]:
     if spec.form == "two_sided":
         products += of_latents * latents * (reduced + dv)
     return 2 * (projections + batch * products), 8 * batch * latents * max(queries, keys)
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._dba_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._dba_cases import cases as listed
-
-    return listed()

@@ -33,14 +33,13 @@ position keys stand with the farthest first; spans shortened at random while tra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import (
@@ -221,17 +220,3 @@ def operations(spec: ExpireSpan, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Floating-point operations of spans and the two products, forward; bytes of one float64 score matrix."""
     pairs = sizes["B"] * sizes["Hq"] * sizes["L"] * min(sizes["L"], spec.reach)
     return 2 * (pairs * (sizes["D"] + sizes["Dv"]) + sizes["B"] * sizes["L"] * sizes["E"]), 8 * pairs
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._expire_span_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._expire_span_cases import cases as listed
-
-    return listed()

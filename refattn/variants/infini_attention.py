@@ -19,21 +19,20 @@ V, then V/2; z_update="linear_only" leaves z alone under the delta rule once the
 Neither the scale nor `rotary`, which acts inside the segment by positions that begin with it, touches what the memory
 sees. Source: Munkhdalai et al., arXiv 2404.07143, equations 3 to 10 (numbers recalled, not looked up).
 
-Differs from: the package infini-transformer-pytorch, whose gate weighs the local part (weighs="local"), which returns
-the local part alone while the memory is empty (first="skip"), divides by at least 1e-10 (divisor="clamp"), and writes
-cached keys again; implementations that add to the divisor (divisor="add"), that retrieve after the update, or that
-take the whole input for one segment.
+Differs from: the package infini-transformer-pytorch 0.2.1, whose gate weighs the local part (weighs="local"), which
+returns the local part alone while the memory is empty (first="skip"), divides by at least 1e-10 (divisor="clamp"), and
+can learn what share of each value is written; implementations that add to the divisor (divisor="add"), that retrieve
+after the update, or that take the whole input for one segment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import concatenate, einsum, elu1, extend, maximum, real, reshape, sigmoid, total
@@ -127,8 +126,10 @@ def resolve(spec: InfiniAttention, sizes: Mapping[str, int]) -> InfiniAttention:
 
 
 def validate(spec: InfiniAttention, x: Mapping[str, Any]) -> None:
-    """As for plain attention."""
-    sdpa.validate(_local(spec), x)
+    """As for plain attention, at positions inside segments."""
+    ahead = x["state_k"].shape[2] if "state_k" in x else 0
+    places = (ahead + np.arange(x["q"].shape[2])) % spec.segment
+    sdpa.validate(_local(spec), dict(x) | {"q_positions": places, "k_positions": places})
 
 
 def _retrieve(spec: InfiniAttention, f: Any, memory: Any, weight: Any, empty: bool) -> Any:
@@ -210,17 +211,3 @@ def operations(spec: InfiniAttention, sizes: Mapping[str, int]) -> tuple[int, in
     width, inside = sizes["D"] + sizes["Dv"], min(spec.segment, sizes["L"])
     writing = 2 * sizes["B"] * sizes["Hkv"] * sizes["L"] * sizes["D"] * sizes["Dv"]
     return 2 * rows * (inside * width + sizes["D"] * sizes["Dv"]) + writing, 8 * sizes["B"] * sizes["Hq"] * inside**2
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._infini_attention_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._infini_attention_cases import cases as listed
-
-    return listed()

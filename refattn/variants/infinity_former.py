@@ -38,13 +38,12 @@ throughout, which fails where an odd segment is contracted. None of it runs as p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import (
@@ -274,18 +273,6 @@ def operations(spec: InfinityFormer, sizes: Mapping[str, int]) -> tuple[int, int
     return 2 * (fits * (fitting + projecting) + reading), 16 * rows * spec.basis
 
 
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._infinity_former_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._infinity_former_cases import cases as listed
-
-    return listed()
 
 
 def lower(spec: InfinityFormer, x: Mapping[str, Any], state: Mapping[str, Any]) -> Recurrent:

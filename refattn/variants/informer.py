@@ -31,14 +31,13 @@ u = min(factor ⌈ln(1 + Lq)⌉, Lq) (here: `queries`); and in its decoder uses 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import (
@@ -196,17 +195,3 @@ def operations(spec: Informer, sizes: Mapping[str, int]) -> tuple[int, int]:
     heads = sizes["B"] * sizes["Hq"]
     sampled, pairs = heads * sizes["Lq"] * sizes["U"], heads * (spec.queries or 0) * sizes["Lk"]
     return 2 * sampled * sizes["D"] + 2 * pairs * (sizes["D"] + sizes["Dv"]), 8 * pairs
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._informer_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._informer_cases import cases as listed
-
-    return listed()

@@ -22,13 +22,12 @@ keys themselves for values (here: pass k for v as well); a key mask, which canno
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import broadcast, concatenate, einsum, stored, transpose, where
@@ -134,17 +133,3 @@ def operations(spec: Linformer, sizes: Mapping[str, int]) -> tuple[int, int]:
     mixing = sizes["B"] * sizes["Hkv"] * sizes["R"] * sizes["Lk"]
     pairs = sizes["B"] * sizes["Hq"] * sizes["Lq"] * sizes["R"]
     return 2 * (mixing + pairs) * (sizes["D"] + sizes["Dv"]), 8 * pairs
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._linformer_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._linformer_cases import cases as listed
-
-    return listed()

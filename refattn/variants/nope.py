@@ -17,11 +17,10 @@ added to the inputs, which this call does not see.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from refattn.case import Case, Flag
 from refattn.plan import Bias
 from refattn.spec import Array, Spec
 from refattn.variants._place import Place
@@ -50,17 +49,3 @@ def term(spec: NoPE, x: Mapping[str, Any], at: Place) -> tuple[None, None]:
 def lower_term(spec: NoPE, x: Mapping[str, Any], at: Place) -> tuple[Bias, ...]:
     """No bias."""
     return ()
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._nope_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases in which a position would show."""
-    from refattn.variants._nope_cases import cases as listed
-
-    return listed()

@@ -28,7 +28,7 @@ then all sines, then all cosines, with μ the size of each axis; slot attention'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
@@ -36,7 +36,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import (
@@ -274,17 +273,3 @@ def operations(spec: Perceiver, sizes: Mapping[str, int]) -> tuple[int, int]:
     projecting = sizes["Lq"] * sizes["E"] * sizes["D"] + sizes["Lk"] * channels * widths
     pairs = sizes["B"] * sizes["Hq"] * sizes["Lq"] * sizes["Lk"]
     return 2 * (sizes["B"] * sizes["Hq"] * projecting + pairs * widths), 8 * pairs
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._perceiver_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._perceiver_cases import cases as listed
-
-    return listed()

@@ -30,14 +30,13 @@ table); interpolated frequencies (PI, NTK, YaRN, Llama 3); xPos, which scales as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.dtypes import nearest, round_to
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import concatenate, constant, cos, exp, finite, log, real, reshape, sin, stored, take, where
@@ -204,17 +203,3 @@ def _lowered_circle(spec: RoPE, x: Mapping[str, Any], positions: Integers) -> tu
         # Wavelengths in place of frequencies.
         angles = real(positions[..., None], q) / exp(log(real(spec.base, q)) * real(np.arange(0, width, 2), q) / width)
     return cos(angles), sin(angles)
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._rope_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases of pairings, angles and parts."""
-    from refattn.variants._rope_cases import cases as listed
-
-    return listed()

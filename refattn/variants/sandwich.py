@@ -22,13 +22,12 @@ Differs from: sinusoidal embeddings added to the hidden states (three more terms
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.errors import SpecError
 from refattn.numeric import concatenate, cos, einsum, exp, log, real, reshape, sin, take, total
 from refattn.plan import Bias, Table
@@ -95,17 +94,3 @@ def lower_term(spec: Sandwich, x: Mapping[str, Any], at: Place) -> tuple[Bias, .
     curve = reshape(products, (1, far.size * n))[:, :count]
     ratios = real(8 * np.arange(1, heads + 1), q) / heads
     return (Table(values=curve / reshape(ratios, (heads, 1)), offset=-low),)
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._sandwich_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases of the cosines."""
-    from refattn.variants._sandwich_cases import cases as listed
-
-    return listed()

@@ -19,13 +19,12 @@ k by √scale each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import clean, einsum, finite, minus_infinite, real, reshape, softmax_attend, stored, tanh, where
@@ -253,12 +252,6 @@ def restrict(spec: SDPA, x: Mapping[str, Any], rows: tuple[int, ...]) -> dict[st
     return short
 
 
-def cases() -> Iterator[Case]:
-    """Golden cases, topic by topic."""
-    from refattn.variants._sdpa_cases import cases as listed
-
-    return listed()
-
 
 def operations(spec: SDPA, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Floating-point operations of the two products, forward, and bytes of one float64 score matrix."""
@@ -275,4 +268,3 @@ def _module(term: Spec) -> Any:
     import sys
 
     return sys.modules[type(term).__module__]
-

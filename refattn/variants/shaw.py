@@ -20,13 +20,12 @@ table, the same logits without clipping; Transformer-XL, whose vectors are proje
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.errors import SpecError
 from refattn.numeric import broadcast, concatenate, einsum, real, reshape, take
 from refattn.plan import Relative, ValueTable
@@ -94,17 +93,3 @@ def lower_content(
     keys = stretched(x["shaw_k"])
     relative = Relative(rows=x["q"], values=keys * real(scale, keys), offset=-low)
     return (relative,), ValueTable(values=stretched(x["shaw_v"]), offset=-low) if spec.values else None
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._shaw_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases of both tables."""
-    from refattn.variants._shaw_cases import cases as listed
-
-    return listed()

@@ -24,13 +24,12 @@ digits as p grows (Marian rounds sines and cosines alone); fairseq, whose paddin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import concatenate, cos, einsum, exp, log, real, reshape, sin, sqrt, stored, take
@@ -185,17 +184,3 @@ def operations(spec: Sinusoidal, sizes: Mapping[str, int]) -> tuple[int, int]:
     rows, pairs = sizes["B"] * sizes["L"], sizes["B"] * sizes["Hq"] * sizes["L"] ** 2
     columns = sizes["Hq"] * sizes["D"] + sizes["Hkv"] * (sizes["D"] + sizes["Dv"])
     return 2 * (rows * sizes["E"] * columns + pairs * (sizes["D"] + sizes["Dv"])), 8 * pairs
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._sinusoidal_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._sinusoidal_cases import cases as listed
-
-    return listed()

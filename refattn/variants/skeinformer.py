@@ -33,14 +33,13 @@ without their maximum; its ablations never reuse the pilot rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import (
@@ -182,17 +181,3 @@ def operations(spec: Skeinformer, sizes: Mapping[str, int]) -> tuple[int, int]:
     pairs = heads * (sizes["P"] * sizes["Lk"] + sizes["Lq"] * sizes["C"])
     sums = heads * sizes["Lq"] * sizes["Lk"] if spec.normalisation == "none" else 0
     return 2 * pairs * (sizes["D"] + sizes["Dv"]) + 2 * sums * sizes["D"], 8 * pairs
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._skeinformer_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._skeinformer_cases import cases as listed
-
-    return listed()

@@ -25,14 +25,13 @@ transformers' function, whose default is bidirectional; DeBERTa v2 (recalled: th
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.case import Case, Flag
 from refattn.errors import SpecError
 from refattn.numeric import reshape, take, transpose
 from refattn.plan import Bias, Table
@@ -120,17 +119,3 @@ def lower_term(spec: T5, x: Mapping[str, Any], at: Place) -> tuple[Bias, ...]:
     if spec.bidirectional:
         rows = np.where(ahead > 0, rows + spec.buckets // 2, rows)
     return (Table(values=transpose(take(x["t5_table"], rows, 0), (1, 0)), offset=-low),)
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._t5_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases of the table and its buckets."""
-    from refattn.variants._t5_cases import cases as listed
-
-    return listed()

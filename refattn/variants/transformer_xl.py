@@ -26,13 +26,12 @@ change; the odd R that the code cannot have: the last cosine is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.errors import SpecError
 from refattn.numeric import concatenate, einsum, extend, real, reshape
 from refattn.plan import Relative, Score
@@ -150,17 +149,3 @@ def lower(spec: TransformerXL, x: Mapping[str, Any], state: Mapping[str, Any]) -
 def operations(spec: TransformerXL, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Floating-point operations, forward, and bytes of the float64 scores."""
     return _xl.operations(sizes, min(spec.segment + spec.memory, sizes["L"]))
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._transformer_xl_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._transformer_xl_cases import cases as listed
-
-    return listed()

@@ -85,8 +85,8 @@ def ages(s: Sizes, draws: int = 4) -> list[float]:
     return [float(e) for e in found.mean(0)]
 
 
-def counting(s: Sizes) -> tuple[float, bool]:
-    """Counts by integrating the signal of one-hot tokens: the largest error, and whether the order is right."""
+def counting(s: Sizes) -> tuple[Any, Any]:
+    """How often each symbol occurs, and the same by integrating the signal of one-hot tokens."""
     rng = np.random.default_rng(1)
     # Counts 1, 2, 3, ... times the same, so that no two are near each other.
     share = np.arange(1, s.symbols + 1)
@@ -96,7 +96,7 @@ def counting(s: Sizes) -> tuple[float, bool]:
     memory = fitted(onehot, variant("infinity_former", segment=tokens.size, basis=s.bases[-1], sigmas=SIGMAS))
     t = (np.arange(20 * tokens.size) + 0.5) / (20 * tokens.size)
     found = signal(memory, t).mean(0) * tokens.size
-    return float(abs(found - counts).max()), bool((np.argsort(found) == np.argsort(counts)).all())
+    return counts, found
 
 
 def marked(s: Sizes, sticky: bool) -> list[float]:
@@ -123,7 +123,8 @@ def marked(s: Sizes, sticky: bool) -> list[float]:
 def measure(small: bool = False) -> Result:
     """No training anywhere: signals go in, and the memory is read."""
     s = SMALL if small else FULL
-    by_basis, by_age, (off, ordered) = reconstruction(s), ages(s), counting(s)
+    by_basis, by_age, (counts, found) = reconstruction(s), ages(s), counting(s)
+    off, ordered = abs(found - counts).max(), (np.argsort(found) == np.argsort(counts)).all()
     plain, sticky = marked(s, False), marked(s, True)
     listed = ", ".join(f"{n}: {e:.1e}" for n, e in zip(s.bases, by_basis, strict=True))
     worse = by_age[-1] > by_age[0]
@@ -144,11 +145,12 @@ def measure(small: bool = False) -> Result:
     def draw(figure: Any) -> None:
         for place, (x, series, name) in enumerate(
             [(s.bases, {"error": by_basis}, "N"), (range(len(by_age)), {"error": by_age}, "age in segments"),
-             (range(1, len(plain) + 1), {"sticky": sticky, "plain": plain}, "segments since the mark")], 1
+             (counts, {"integral": found, "": counts}, "count"),
+             (range(1, len(plain) + 1), {"sticky": sticky, "plain": plain}, "segments since")], 1
         ):  # fmt: skip
-            axes = figure.add_subplot(1, 3, place)
+            axes = figure.add_subplot(1, 4, place)
             for label, y in series.items():
-                axes.plot(x, y, "o-", markersize=3, label=label)
+                axes.plot(x, y, "o-" if label else "k:", markersize=3, label=label or None)
             axes.set(xlabel=name, yscale="log" if place == 1 else "linear", ylim=None if place == 1 else (0, None))
             axes.legend()
 
