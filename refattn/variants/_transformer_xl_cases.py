@@ -134,7 +134,7 @@ def listed() -> Iterator[Case]:
     yield Case(
         name="transformer_xl/far_token_257",
         spec=TransformerXL(segment=64, memory=32, clamp=40, scale=1.0),
-        sizes=tokens(257, (3, 4), (2, 1), (3, 2)),
+        sizes=tokens(257, (2, 4), (2, 1), (3, 1)),
         dtype="bfloat16",
         # The last tokens that the first of a segment sees, and those just beyond.
         inputs=weights(-10)
@@ -149,7 +149,7 @@ def listed() -> Iterator[Case]:
     yield Case(
         name="transformer_xl/same_length_300",
         spec=TransformerXL(segment=60, memory=40, same_length=True, clamp=24),
-        sizes=tokens(300, (2, 4), (1, 1), (3, 2)),
+        sizes=tokens(300, (2, 4), (1, 1), (3, 1)),
         dtype="float16",
         inputs=weights(),
         history=130,
@@ -159,7 +159,7 @@ def listed() -> Iterator[Case]:
     yield Case(
         name="transformer_xl/short_segments_321",
         spec=TransformerXL(segment=8, memory=24),
-        sizes=tokens(321, (2, 2), (2, 1), (2, 2)),
+        sizes=tokens(321, (2, 2), (1, 1), (2, 2)),
         dtype="float16",
         inputs=weights(),
         cotangents={"dout": FEW, "dlse": FEW},

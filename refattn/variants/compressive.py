@@ -34,7 +34,8 @@ usage no more than that memories are sorted by their average attention; the loss
 Differs from: compressive-transformer-pytorch, which has learned vectors for distances and neither u nor w, weighs in
 its loss the whole memory against what is compressed of its oldest (the same where memory = segment), pads what leaves
 by zeros on its left where `rate` does not divide it (refused here), forgets a piece shorter than a segment, and stops
-for good the gradient of its keys' and values' weights; a position of a slot that counts the tokens it stands for.
+for good the gradient of its keys' and values' weights; transformer-sequential (recalled), which compresses tokens that
+stay in the memory too and hides a query's own token; a position of a slot that counts the tokens it stands for.
 """
 
 from __future__ import annotations
