@@ -33,13 +33,12 @@ is full; memories shared by the sequences of a batch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import (
@@ -274,17 +273,3 @@ def operations(spec: Memorizing, sizes: Mapping[str, int]) -> tuple[int, int]:
     rows, found = sizes["B"] * sizes["Hq"] * sizes["L"], min(spec.top, kept)
     work = 2 * rows * ((inside + kept) * sizes["D"] + (inside + found) * sizes["Dv"])
     return work, 8 * sizes["B"] * sizes["Hq"] * inside * (inside + kept)
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._memorizing_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._memorizing_cases import cases as listed
-
-    return listed()

@@ -29,13 +29,12 @@ whose index is approximate; its forms for decoders alone, which turn keys by the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from refattn.case import Case, Flag
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import broadcast, concatenate, einsum, real, reshape, stop, stored, where
@@ -233,17 +232,3 @@ def operations(spec: Unlimiformer, sizes: Mapping[str, int]) -> tuple[int, int]:
         return 2 * (work + pairs * sizes["D"]), 8 * pairs
     values = sizes["B"] * sizes["Hkv"] * sizes["Lk"] * sizes["E"] * sizes["Dv"]
     return 2 * (work + pairs * sizes["E"] + 2 * rows * sizes["E"] * sizes["D"] + values), 8 * pairs
-
-
-def flags() -> Mapping[str, Flag]:
-    """What the flags mean that only these cases have."""
-    from refattn.variants._unlimiformer_cases import FLAGS
-
-    return FLAGS
-
-
-def cases() -> Iterator[Case]:
-    """Golden cases."""
-    from refattn.variants._unlimiformer_cases import cases as listed
-
-    return listed()

@@ -81,12 +81,31 @@ def every_memory(length: int) -> float:
     return apart(ra.evaluate(spec, x).out, ra.attention(*x.values(), causal=True))
 
 
+def every_encoded_token(length: int) -> float:
+    """Unlimiformer whose window holds all that was encoded: exact attention."""
+    x = qkv(9, length)
+    return apart(ra.evaluate(variant("unlimiformer", top=length), x).out, ra.attention(*x.values()))
+
+
+def no_compressed_memory(length: int) -> float:
+    """Compressive Transformer without compressed memories: Transformer-XL."""
+    rng, kept = np.random.default_rng(10), {"segment": 4, "memory": 8}
+    xl = variant("transformer_xl", **kept)
+    compressive = variant("compressive", **kept, compressed=0, rate=2, compression="mean")
+    sizes = {"B": 1, "L": length, "E": 6, "Hq": 2, "Hkv": 2, "D": 4, "Dv": 4, "R": 6}
+    signature = ra.variants()["transformer_xl"].module.signature(xl)
+    x = {name: rng.standard_normal(array.shape(sizes)) / 3 for name, array in signature.items() if not array.optional}
+    return apart(ra.evaluate(compressive, x).out, ra.evaluate(xl, x).out)
+
+
 LAWS: dict[str, Callable[[int], float]] = {
     "Expire-Span: dropping what has expired changes nothing": dropping,
     "Infini-attention within one segment is causal attention": one_segment,
     "Infini-attention token by token is the whole": token_by_token,
     "Linformer with E = I is exact attention": identity,
     "Memorizing attention that finds every key is causal attention": every_memory,
+    "Unlimiformer with every encoded token is exact attention": every_encoded_token,
+    "Compressive Transformer without compressed memory is Transformer-XL": no_compressed_memory,
     "Skeinformer with every column is exact attention": every_column,
     "Informer with every query is exact attention": every_query,
 }
@@ -101,7 +120,13 @@ def costs() -> list[Row]:
     exact = height * width / (height + width)
     told = f"{full / axial:.2f} times fewer operations at {height} by {width}"
     holds = verdict(abs(full / axial / exact - 1) < 0.05, "another ratio")
-    return [Row("Axial attention costs HW (H + W), full (HW)²", f"{exact:.2f} times", told, holds)]
+    latents = {"B": 1, "Hq": 1, "Lq": 64, "E": 8, "C": 8, "D": 8, "Dv": 8}
+    one, two = (ra.explain(variant("perceiver"), latents | {"Lk": n})["operations"] for n in (2048, 4096))
+    grows = verdict(abs(two / one / 2 - 1) < 0.02, "another ratio")
+    return [
+        Row("Axial attention costs HW (H + W), full (HW)²", f"{exact:.2f} times", told, holds),
+        Row("A Perceiver's cost is linear in the array", "2 times", f"{two / one:.2f} times for twice as much", grows),
+    ]
 
 
 def measure(small: bool = False) -> Result:
