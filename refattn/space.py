@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import erf
 
 from refattn.cache import extend
 
@@ -110,10 +109,16 @@ class Float64:
 
     add, sub, mul, div = np.add, np.subtract, np.multiply, np.true_divide
     exp, log, tanh, sin, cos, sqrt = np.exp, np.log, np.tanh, np.sin, np.cos, np.sqrt
-    maximum, minimum, erf = np.maximum, np.minimum, erf
+    maximum, minimum = np.maximum, np.minimum
     finite = np.isfinite
     reshape, transpose, broadcast = staticmethod(np.reshape), staticmethod(np.transpose), staticmethod(np.broadcast_to)
     take, where, concatenate = staticmethod(np.take), staticmethod(np.where), staticmethod(np.concatenate)
+
+    def erf(self, x: Any) -> Any:
+        """SciPy's, complex arguments included; imported when first asked for, because that takes a while."""
+        from scipy.special import erf
+
+        return erf(x)
 
     def index(self, x: Any, key: Any) -> Any:
         """Basic indexing."""
