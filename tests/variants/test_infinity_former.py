@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 from checks import near, same
+from infinity_former_loops import loops
+from infinity_former_problems import BASE, SIZES, arrays
 
 import refattn as ra
 from refattn import api
@@ -12,10 +14,8 @@ from refattn.errors import ShapeError, SpecError
 from refattn.plan import execute
 from refattn.tape import Tape
 from refattn.variants import _densities as densities
-from refattn.variants import _ridge as ridge
 from refattn.variants import infinity_former as module
 
-BASE = {"segment": 4, "basis": 6, "sigmas": (0.125, 0.25), "samples": 5, "contraction": 0.75}
 OPTIONS = {
     "contracted": {},
     "bounded": {"contraction": None},
@@ -31,15 +31,6 @@ OPTIONS = {
     "everything": {"sticky": True, "bins": 8, "mask": True, "bias": True, "density": "sparsemax", "segment": 5},
 }
 EVERY = pytest.mark.parametrize("spec", [ra.InfinityFormer(**BASE | o) for o in OPTIONS.values()], ids=OPTIONS)
-SIZES = {"B": 2, "Hq": 4, "Hkv": 2, "L": 13, "E": 3, "D": 2, "Dv": 3}
-
-
-def arrays(spec, rng, **sizes):
-    def made(a):
-        shape = a.shape(SIZES | sizes)
-        return rng.standard_normal(shape) if a.kind == "real" else rng.integers(0, spec.bins, shape)
-
-    return {name: made(a) for name, a in module.signature(spec).items()}
 
 
 def wanted(spec):
@@ -99,142 +90,6 @@ def test_the_divergence_of_a_prior():
 
 
 # Plain loops
-
-
-def solved(a, b):
-    """Gauss and Jordan on lists."""
-    rows = [list(r) + list(c) for r, c in zip(a, b, strict=True)]
-    for k in range(len(rows)):
-        rows[k] = [v / rows[k][k] for v in rows[k]]
-        for i in range(len(rows)):
-            if i != k:
-                factor = rows[i][k]
-                rows[i] = [v - factor * w for v, w in zip(rows[i], rows[k], strict=True)]
-    return [r[len(rows) :] for r in rows]
-
-
-def normal(t, mean, deviation):
-    return math.exp(-(((t - mean) / deviation) ** 2) / 2) / (deviation * math.sqrt(2 * math.pi))
-
-
-def cdf(t):
-    return math.erfc(-t / math.sqrt(2)) / 2
-
-
-def basis_of(spec):
-    n = spec.basis // len(spec.sigmas)
-    return [(j / max(n - 1, 1), s) for j in range(n) for s in spec.sigmas]
-
-
-def regression(spec, basis, points, signal, padding):
-    """Coefficients of the least sum of squares plus penalty; the signal is 0 at the padding."""
-    psi = [[normal(t, m, s) for m, s in basis] for t in (*points, *padding)]
-    signal = signal + [[0.0] * len(signal[0])] * len(padding)
-    gram = [
-        [math.fsum(p[i] * p[j] for p in psi) + spec.ridge * (i == j) for j in range(len(basis))]
-        for i in range(len(basis))
-    ]
-    right = [
-        [math.fsum(p[i] * x[e] for p, x in zip(psi, signal, strict=True)) for e in range(len(signal[0]))]
-        for i in range(len(basis))
-    ]
-    return solved(gram, right)
-
-
-def fitted(spec, basis, tokens, past, drawn):
-    n, m = spec.segment, spec.samples
-    centred = spec.positions == "centre_padded"
-    if past is None:
-        points = [(i + 0.5) / n if centred else (i + 1) / n for i in range(n)]
-        padding = [(i + 0.5) / n for i in range(-(n // 2), n + n // 2) if not 0 <= i < n] if centred else []
-        return regression(spec, basis, points, tokens, padding)
-    at = [i / spec.bins for i in sorted(drawn)] if drawn is not None else [(i + 1) / m for i in range(m)]
-    read = [
-        [math.fsum(normal(t, *f) * b[e] for f, b in zip(basis, past, strict=True)) for e in range(len(tokens[0]))]
-        for t in at
-    ]
-    tau, shift = spec.contraction, 1 / (2 * n + m)
-    points = [tau * (i + 1) / m for i in range(m)] + [tau + (1 - tau) * (i + 1) / n for i in range(n)]
-    grid = np.linspace(-0.5 + shift, 1.5 - shift, 2 * (n + m)).tolist() if centred else []
-    return regression(spec, basis, points, read + tokens, [t for t in grid if t < 0 or t > 1])
-
-
-def mean_of(spec, mu, variance, centre, width):
-    """∫ p ψ; the parabola by the integrals of ψ, tψ and t²ψ, as θ·φ − A."""
-    if spec.density == "softmax":
-        return normal(mu, centre, math.sqrt(variance + width**2))
-    sigma = math.sqrt(variance)
-    level = -0.5 * (3 / (2 * sigma)) ** (2 / 3)
-    a = math.sqrt(-2 * level) * sigma
-    low, high = mu - a, mu + a
-    one = cdf((high - centre) / width) - cdf((low - centre) / width)
-    at_low, at_high = normal(low, centre, width), normal(high, centre, width)
-    t = centre * one - width**2 * (at_high - at_low)
-    tt = (centre**2 + width**2) * one - width**2 * ((high + centre) * at_high - (low + centre) * at_low)
-    return mu / variance * t - tt / (2 * variance) - (level + mu**2 / (2 * variance)) * one
-
-
-def weighed(x, tokens):
-    """The mask net on lists."""
-    w, b, n = x["mask_w"].tolist(), x["mask_b"].tolist(), len(tokens)
-    found = []
-    for i in range(n):
-        row = []
-        for o in range(len(b)):
-            level = b[o] + sum(
-                w[o][e][k] * tokens[i + k - 1][e] for k in range(3) if 0 <= i + k - 1 < n for e in range(len(b))
-            )
-            row.append(tokens[i][o] / (1 + math.exp(-level)))
-        found.append(row)
-    return found
-
-
-def parameters_of(spec, x, basis, a):
-    if spec.parameters == "moments":
-        p = [math.exp(v - max(a)) for v in a]
-        p = [v / sum(p) for v in p]
-        mu = sum(v * m for v, (m, _) in zip(p, basis, strict=True))
-        return mu, sum(v * (m * m + s * s) for v, (m, s) in zip(p, basis, strict=True)) - mu * mu
-    level, spread = (math.fsum(w * v for w, v in zip(x[n].tolist(), a, strict=True)) for n in ("w_mu", "w_sigma"))
-    if spec.bias:
-        level, spread = level + float(x["b_mu"][0]), spread + float(x["b_sigma"][0])
-    return 1 / (1 + math.exp(-level)), math.log1p(math.exp(spread))
-
-
-def loops(spec, x):
-    """Token by token, on lists."""
-    (batch, heads, length, width), groups, dv = x["q"].shape, x["wk"].shape[0], x["wv"].shape[2]
-    basis, scale = basis_of(spec), width**-0.5 if spec.scale is None else spec.scale
-    edges = [i / spec.bins for i in range(spec.bins + 1)]
-    edges[0], edges[-1] = -1e-6, 1 + 1e-6
-    found = {"out": np.zeros((batch, heads, length, dv)), "kl": np.zeros((batch, heads, length))}
-    found["histogram"], memories = np.zeros((batch, length, spec.bins)), []
-    for b in range(batch):
-        memory, mass = None, [0.0] * spec.bins
-        for i in range(length):
-            if i and i % spec.segment == 0:
-                tokens = x["x"][b, i - spec.segment : i].tolist()
-                tokens = weighed(x, tokens) if spec.mask else tokens
-                past = memory if spec.contraction is not None else None
-                memory = fitted(spec, basis, tokens, past, x["drawn"][b, i].tolist() if spec.sticky else None)
-                mass = [0.0] * spec.bins
-            if memory is None:
-                continue
-            for h in range(heads):
-                g = h // (heads // groups)
-                keys, values = (np.array(memory) @ x[name][g] for name in ("wk", "wv"))
-                mu, variance = parameters_of(spec, x, basis, (scale * keys @ x["q"][b, h, i]).tolist())
-                variance = max(variance, spec.least_variance)
-                r = [mean_of(spec, mu, variance, *f) for f in basis]
-                found["out"][b, h, i] = np.array(r) @ values
-                ratio = variance / spec.prior_deviation**2
-                away = 0 if spec.prior_mean is None else ((mu - spec.prior_mean) / spec.prior_deviation) ** 2
-                found["kl"][b, h, i] = (ratio - math.log(ratio) - 1 + away) / 2
-                ends = [cdf((e - mu) / math.sqrt(variance)) for e in edges]
-                mass = [m + high - low for m, low, high in zip(mass, ends, ends[1:], strict=False)]
-            found["histogram"][b, i] = np.array(mass) / sum(mass)
-        memories.append(memory)
-    return found | {"memory": np.array(memories)}
 
 
 @EVERY
@@ -373,122 +228,6 @@ def test_a_first_segment_finds_nothing(rng):
             assert not array.any(), name
     assert found.state["x"].shape == (2, 4, 3)
     assert not found.state["memory"].any()
-
-
-# What a memory keeps
-
-FINE = {"segment": 64, "basis": 64, "sigmas": (0.02,), "ridge": 1e-3, "samples": 256, "contraction": 0.75}
-
-
-def memory_of(spec, signals):
-    """Coefficients after whole segments of a signal (L,)."""
-    like, memory = np.zeros(1), None
-    for signal in signals:
-        if memory is None:
-            memory = ridge.fit(spec, False, like).T @ signal
-        else:
-            read = ridge.samples(spec, like) @ memory
-            memory = ridge.fit(spec, True, like).T @ np.concatenate([read, signal])
-    return memory
-
-
-def test_a_known_signal_is_reconstructed():
-    spec = ra.InfinityFormer(**FINE)
-    t = (np.arange(64) + 0.5) / 64
-    for signal in (np.sin(2 * np.pi * t), np.cos(3 * np.pi * t) * t):
-        found = ridge.basis_at(spec, t) @ memory_of(spec, [signal])
-        near(found[4:-4], signal[4:-4], 0.01)
-
-
-def test_what_is_older_takes_less_room_by_the_contraction():
-    """A segment of ones among zeros, n segments old, has the mass (1 − τ) τⁿ, the zeros nothing."""
-    spec, inside = ra.InfinityFormer(**FINE), np.linspace(0, 1, 2001)
-    for n in range(4):
-        memory = memory_of(spec, [np.zeros(64), np.ones(64), *[np.zeros(64)] * n])
-        signal = ridge.basis_at(spec, inside) @ memory
-        near(np.trapezoid(signal, inside), 0.25 * 0.75**n, 0.05)
-        left, right = 0.75 ** (n + 1), 0.75**n
-        middle = (inside > left + 0.03) & (inside < right - 0.03)
-        assert not middle.any() or np.abs(signal[middle] - 1).max() < 0.1
-
-
-def test_a_bounded_memory_knows_the_last_segment_alone(rng):
-    spec = ra.InfinityFormer(**BASE | {"contraction": None})
-    x = arrays(spec, rng)
-    expected = ra.evaluate(spec, x).out
-    x["x"][:, :4] = rng.standard_normal((2, 4, 3))
-    near(ra.evaluate(spec, x).out[:, :, 8:], expected[:, :, 8:], 0)
-
-
-def test_a_region_that_was_looked_at_is_kept_in_full(rng):
-    """All draws from one bin: its left end's value fills [0, τ]."""
-    spec = ra.InfinityFormer(**FINE | {"sticky": True, "bins": 16})
-    x = arrays(spec, rng, B=1, L=129, E=1)
-    t = (np.arange(64) + 0.5) / 64
-    x["x"][0, :64, 0], x["x"][0, 64:, 0] = np.sin(2 * np.pi * t), 0
-    x["drawn"][:] = 4
-    memory = np.asarray(ra.evaluate(spec, x, want=("state",)).state["memory"])[0, :, 0]
-    near(ridge.basis_at(spec, np.array([0.1, 0.3, 0.6])) @ memory, np.ones(3), 0.02)
-
-
-def test_the_order_of_draws_does_not_matter_nor_do_those_that_no_fit_reads(rng):
-    spec = ra.InfinityFormer(**BASE | {"sticky": True, "bins": 16})
-    x = arrays(spec, rng)
-    expected = ra.evaluate(spec, x).out
-    other = x | {"drawn": rng.integers(0, 16, x["drawn"].shape)}
-    for row in (8, 12):
-        other["drawn"][:, row] = x["drawn"][:, row, ::-1]
-    same(ra.evaluate(spec, other).out, expected)
-    other["drawn"][:, 8] = 15 - x["drawn"][:, 8]
-    assert (ra.evaluate(spec, other).out != expected)[:, :, 8:].any()
-
-
-def test_draws_at_the_samples_are_the_linear_memory(rng):
-    """Left ends 1/4, 2/4, 3/4 of four bins are the samples 1/4, 2/4, 3/4; the linear grid also has 1, which no bin has.
-
-    So the fits differ by the last sample alone, and agree where the memory is the same at ¾ as at 1.
-    """
-    linear = ra.InfinityFormer(**BASE | {"samples": 4})
-    sticky = ra.InfinityFormer(**BASE | {"samples": 4, "sticky": True, "bins": 4})
-    like = np.zeros(1)
-    same(ridge.samples(linear, like)[:3], ridge.bin_starts(sticky, like)[1:])
-    same(ridge.fit(linear, True, like), ridge.fit(sticky, True, like))
-    null = np.linalg.svd(np.diff(ridge.samples(linear, like)[2:], axis=0))[2][-1]
-    x = {name: arrays(linear, rng)[name] for name in ("x",)}
-    memory = np.broadcast_to(null[:, None], (2, 6, 3))
-    drawn = np.array([[1, 2, 3, 3]] * 2)
-    near(
-        module._fitted(sticky, x, x["x"][:, :4], memory, drawn),
-        module._fitted(linear, x, x["x"][:, :4], memory, None),
-        1e-11,
-    )
-
-
-# Points
-
-
-@pytest.mark.parametrize("segment", [1, 2, 5, 8])
-def test_a_segment_stands_at_centres_with_zeros_beside_it(segment):
-    """The authors' grids: 2L points of spacing 1/L for even L, 2L − 1 for odd, those in the middle used."""
-    spec = ra.InfinityFormer(segment=segment, basis=2)
-    odd = segment % 2
-    shift = 1 / segment if odd else 1 / (2 * segment)
-    grid = np.linspace(-0.5 + shift, 1.5 - shift, 2 * segment - odd)
-    own = grid[segment // 2 : segment // 2 + segment]
-    near(ridge._own_points(spec, False, np.zeros(1)), own)
-    near([float(t) for t in ridge._padding(spec, False)], np.setdiff1d(grid, own))
-
-
-@pytest.mark.parametrize(("segment", "samples"), [(4, 5), (8, 16), (1024, 512)])
-def test_a_contracted_signal_has_as_many_zeros_as_points(segment, samples):
-    spec = ra.InfinityFormer(segment=segment, samples=samples, contraction=0.75, basis=2)
-    count, shift = segment + samples, 1 / (2 * segment + samples)
-    grid = np.linspace(-0.5 + shift, 1.5 - shift, 2 * count)
-    expected = grid[(grid < 0) | (grid > 1)]
-    near([float(t) for t in ridge._padding(spec, True)], expected)
-    assert len(expected) == 2 * (count // 2)
-    t = ridge._own_points(spec, True, np.zeros(1))
-    near(t[[0, samples - 1, samples, -1]], [0.75 / samples, 0.75, 0.75 + 0.25 / segment, 1])
 
 
 # Engines, and what is refused
