@@ -24,7 +24,8 @@ class Variant(Protocol):
     as "state" among its outputs; it is given them, with their "length", in the last argument. Its signature calls the
     number of tokens L. A module may also offer `validate(spec, x)`, which refuses what only the arrays together tell,
     `cases()` (there, or in _<name>_cases beside it, with FLAGS), `restrict(spec, x, rows)` for the published rows of
-    long cases, and `operations(spec, sizes)` for `explain`.
+    long cases, `operations(spec, sizes)` for `explain`, and `no_gradient(spec)`, a sentence where its plan has not the
+    gradients of its text, or None.
     """
 
     def signature(self, spec: Any) -> dict[str, Array]:
@@ -126,9 +127,19 @@ class Problem:
         lower = getattr(self.variant, "lower", "its module offers no `lower`")
         return f"{self.spec.variant} has no plan: {lower}" if isinstance(lower, str) else None
 
+    @property
+    def no_gradient(self) -> str | None:
+        """Why gradients cannot come from the plan, or None: the variant's `no_gradient(spec)`, where it has one."""
+        told: str | None = getattr(self.variant, "no_gradient", lambda spec: None)(self.spec)
+        return told
+
     @cached_property
     def plan(self) -> Plan:
-        """The lowered problem, in float64.
+        """The lowered problem, in float64."""
+        return self.lowered(self.lift(np.asanyarray))
+
+    def lowered(self, x: Mapping[str, Any]) -> Plan:
+        """The plan of lifted inputs.
 
         Raises
         ------
@@ -137,7 +148,7 @@ class Problem:
         """
         if self.unplanned is not None:
             raise Unsupported(self.unplanned)
-        given, state = self._split(self.lift(np.asanyarray))
+        given, state = self._split(x)
         plan: Plan = self.variant.lower(self.spec, given, *([] if state is None else [state]))
         return plan
 

@@ -158,5 +158,5 @@ class Outputs(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         """Names, shapes and dtypes."""
-        parts = (f"{name}: {tuple(a.shape)} {a.dtype}" for name, a in self._arrays.items())
-        return f"Outputs({', '.join(parts)})"
+        shown = {n: f"{tuple(a.shape)} {a.dtype}" if hasattr(a, "shape") else repr(a) for n, a in self._arrays.items()}
+        return f"Outputs({', '.join(f'{name}: {what}' for name, what in shown.items())})"

@@ -193,6 +193,14 @@ def test_sizes_of_a_first_state_are_checked(name):
             ra.init_state(spec, **sizes)
 
 
+@ONE_EACH
+def test_states_and_what_holds_one_show_shapes_in_a_line(name):
+    spec, _, inputs = problem(name)
+    found = ra.evaluate(spec, inputs, want=("out", "state"))
+    assert f"State({spec.variant}, length 13, " in repr(found.state)
+    assert repr(found) == f"Outputs(out: {found.out.shape} float64, state: {found.state!r})"
+
+
 def test_what_carries_no_state_says_so():
     with pytest.raises(SpecError, match="sdpa carries no state"):
         ra.init_state(ra.SDPA(), B=1)

@@ -227,6 +227,11 @@ def lower(spec: Compressive, x: Mapping[str, Any], state: Mapping[str, Any]) -> 
     return _compressive_plan.lower(spec, x, state)
 
 
+def no_gradient(spec: Compressive) -> str:
+    """As for Transformer-XL, and slots are worked out before there is a plan."""
+    return "what its plan holds of memories and slots are numbers alone"
+
+
 def operations(spec: Compressive, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Floating-point operations but for compression and loss, forward, and bytes of the float64 scores."""
     return _xl.operations(sizes, min(spec.segment + spec.memory, sizes["L"]) + spec.compressed)

@@ -146,6 +146,11 @@ def lower(spec: TransformerXL, x: Mapping[str, Any], state: Mapping[str, Any]) -
     )
 
 
+def no_gradient(spec: TransformerXL) -> str | None:
+    """A key of a plan is one array, whoever reads it."""
+    return "its memory is detached, and a plan's keys are not" if spec.detach else None
+
+
 def operations(spec: TransformerXL, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Floating-point operations, forward, and bytes of the float64 scores."""
     return _xl.operations(sizes, min(spec.segment + spec.memory, sizes["L"]))

@@ -40,7 +40,7 @@ def both(spec, x):
 def test_the_docs_and_every_manifest_say_that_it_is_a_reconstruction():
     assert "RECONSTRUCTION" in ra.variants()["dba"].title
     assert "Confidence is low" in MODULE.__doc__
-    for case in MODULE.cases():
+    for case in ra.variants()["dba"].cases():
         assert case.spec.to_json()["convention"] == "dba_recon_v1"
         assert "dba_recon_v1" in case.flags
 

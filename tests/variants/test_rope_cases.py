@@ -13,7 +13,7 @@ from refattn.golden import inputs as recipes
 from refattn.variants._place import place
 
 MODULE = registry.info("rope").module
-CASES = list(MODULE.cases())
+CASES = list(ra.variants()["rope"].cases())
 
 
 def case(name):

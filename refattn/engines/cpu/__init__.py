@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from refattn.engines.cpu import score
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4
 from refattn.engines.cpu.pool import spread
-from refattn.errors import ShapeError
+from refattn.errors import ShapeError, Unsupported
 from refattn.plan import Dense, Score, Slope, Table, leaves, map_leaves
 from refattn.problem import Problem
 from refattn.spec import Outputs
@@ -53,10 +53,14 @@ def vjp(
     ------
     ShapeError
         out or lse in `outputs` does not have the shape this problem gives it.
+    Unsupported
+        The plan has not the gradients of the variant's text.
     """
+    if wrt and problem.no_gradient is not None:
+        raise Unsupported(f"engine 'cpu' has no gradients of this {problem.spec.variant}: {problem.no_gradient}")
     tape, x = Tape(), problem.lift(np.asarray)
     inputs = {n: tape.variable(x[n]) for n in wrt}
-    taped = problem.variant.lower(problem.spec, x | inputs)
+    taped: Any = problem.lowered(x | inputs)
     plan = map_leaves(taped, lambda leaf: getattr(leaf, "value", leaf))
     operands = prepare(plan, _kind(problem))
     found = _saved(outputs or {}, operands) or _forward(operands)
