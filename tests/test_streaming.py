@@ -202,6 +202,34 @@ def test_what_carries_no_state_says_so():
         ra.evaluate(ra.SDPA(), {n: np.ones((1, 1, 1, 1)) for n in "qkv"}, want=("state",))
 
 
+def test_states_of_every_dtype_are_kept_bit_for_bit(tmp_path):
+    spec, inputs = ra.InfiniAttention(segment=4), {n: np.ones((1, 1, 5, 2)) for n in "qkv"} | {"gate": np.zeros(1)}
+    for dtype in ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"):
+        state = ra.step(spec, ra.init_state(spec, B=1, Hkv=1, D=2, Dv=2, dtype=dtype), inputs)[1]
+        state.save(tmp_path / dtype)
+        loaded = ra.load_state(tmp_path / dtype)
+        for array in state:
+            assert loaded[array].dtype.name == dtype
+            same(loaded[array].astype(float), np.asarray(state[array]).astype(float))
+
+
+def test_a_length_is_a_count_of_tokens():
+    for length in (-1, 1.0, None):
+        with pytest.raises(SpecError, match="length is a number of tokens from 0 on"):
+            ra.State(ra.InfiniAttention(segment=4), length, {})
+
+
+def test_only_a_step_goes_on_from_a_state():
+    """The arrays of a state after whole segments have the shapes of a first one."""
+    spec, inputs = ra.InfiniAttention(segment=4), {n: np.ones((1, 1, 4, 2)) for n in "qkv"} | {"gate": np.zeros(1)}
+    state = ra.evaluate(spec, inputs, want=("state",)).state
+    given = inputs | {f"state_{name}": array for name, array in state.items()}
+    with pytest.raises(ShapeError, match=r"unknown array 'state_memory'.*refattn\.step goes on"):
+        ra.evaluate(spec, given)
+    with pytest.raises(ShapeError, match=r"unknown array 'state_memory'.*refattn\.step goes on"):
+        ra.vjp(spec, given, {"out": np.ones((1, 1, 4, 2))})
+
+
 @pytest.mark.parametrize("damage", [b"", b"garbage", None])
 def test_a_damaged_file_is_refused(damage, tmp_path):
     path = tmp_path / "state.safetensors"
