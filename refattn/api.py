@@ -180,8 +180,9 @@ def step(
     """Outputs for the tokens that follow those of a state, and the state after them; the old one stays valid.
 
     Any way of cutting a sequence into steps gives the same answer, to the rounding of the state's dtype, which the new
-    state has too. The certified engine proves outputs for the state it is given, not the state that it leaves. Raises as
-    `attention`, and SpecError for a state of another variant or other options.
+    state has too. The certified engine proves outputs for the state it is given, not the state that it leaves.
+
+    Raises as `attention`, and SpecError for a state of another variant or other options.
     """
     whole, module = _whole(spec)
     if not isinstance(state, State):

@@ -9,7 +9,9 @@ from checks import near, same
 import refattn as ra
 from refattn import registry
 from refattn.errors import RefattnError, ShapeError, SpecError, StorageError
+from refattn.files import safetensors_bytes
 from refattn.golden import suite
+from refattn.state import FORMAT
 
 STREAMING = {name: info for name, info in ra.variants().items() if hasattr(info.module, "state")}
 # One Spec of each set of options that a golden case has.
@@ -211,6 +213,13 @@ def test_states_of_every_dtype_are_kept_bit_for_bit(tmp_path):
         for array in state:
             assert loaded[array].dtype.name == dtype
             same(loaded[array].astype(float), np.asarray(state[array]).astype(float))
+
+
+def test_a_file_whose_spec_lacks_an_option_is_refused(tmp_path):
+    about = {"format": FORMAT, "spec": '{"variant": "infini_attention"}', "length": "0"}
+    (tmp_path / "damaged").write_bytes(safetensors_bytes({"k": np.zeros(1)}, about))
+    with pytest.raises(StorageError, match="no default for segment"):
+        ra.load_state(tmp_path / "damaged")
 
 
 def test_a_length_is_a_count_of_tokens():
