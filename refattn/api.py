@@ -141,7 +141,7 @@ def evaluate(
     adds `status`, a code per element. A streaming variant offers "state" too, the `State` after the last token; `step`
     goes on from it. Raises as `attention`.
     """
-    given, names = _present("inputs", inputs), _names("want", want)
+    given, names = _stateless(inputs), _names("want", want)
     problem = build(spec, _numpy(given), dtype, names)
     return _collected(_run(problem, engine), problem, names, next(iter(given.values()), None))
 
@@ -180,7 +180,9 @@ def step(
     """Outputs for the tokens that follow those of a state, and the state after them; the old one stays valid.
 
     Any way of cutting a sequence into steps gives the same answer, to the rounding of the state's dtype, which the new
-    state has too. Raises as `attention`, and SpecError for a state of another variant or other options.
+    state has too. The certified engine proves outputs for the state it is given, not the state that it leaves.
+
+    Raises as `attention`, and SpecError for a state of another variant or other options.
     """
     whole, module = _whole(spec)
     if not isinstance(state, State):
@@ -219,7 +221,7 @@ def vjp(
 
     `outputs` of an earlier `evaluate` (out and lse) spare an engine its forward pass. Raises as `attention`.
     """
-    given, duals = _present("inputs", inputs), _present("cotangents", cotangents)
+    given, duals = _stateless(inputs), _present("cotangents", cotangents)
     problem = build(spec, _numpy(given), dtype, ("out",))
     shapes = {name: a.shape(problem.sizes) for name, a in problem.outputs.items()}
     shapes = {name: shape for name, shape in shapes.items() if name not in problem.integer_outputs}
@@ -366,6 +368,17 @@ def _present(what: str, given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise SpecError(f"{what} is a mapping by name, such as {{'q': ...}}; given: {type(given).__name__}")
     return {name: a for name, a in given.items() if a is not None}
+
+
+def _stateless(inputs: Any) -> dict[str, Any]:
+    """Inputs of a sequence from its first token on."""
+    given = _present("inputs", inputs)
+    carried = next((name for name in given if name.startswith("state_")), None)
+    if carried is not None:
+        raise ShapeError(
+            f"unknown array {carried!r}: inputs here begin with the first token; refattn.step goes on from a State"
+        )
+    return given
 
 
 def _names(what: str, given: Any) -> tuple[str, ...]:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from refattn.errors import EngineUnavailable, StorageError
 
-_NAMES = {"float64": "F64", "bfloat16": "BF16", "float32": "F32", "float16": "F16"}
-_DTYPES = {"F64": np.float64, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F16": np.float16}
+_DTYPES: dict[str, Any] = {"F64": np.float64, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F16": np.float16}
+_DTYPES |= {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+_NAMES = {np.dtype(dtype).name: name for name, dtype in _DTYPES.items()}
 
 
 def safetensors_bytes(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
@@ -47,7 +48,7 @@ def safetensors_read(data: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, st
     Raises
     ------
     ValueError
-        The bytes are truncated, altered or no safetensors file, or a tensor has another dtype than the four.
+        The bytes are truncated, altered or no safetensors file, or a tensor has another dtype than these six.
     EngineUnavailable
         The package safetensors is not installed.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -65,7 +65,7 @@ def from_json(data: Mapping[str, Any], find: Callable[[str], type[Spec]]) -> Spe
     Raises
     ------
     SpecError
-        For a missing or unknown variant, or a field its Spec does not have.
+        For a missing or unknown variant, a field its Spec does not have, or one without a default that is missing.
     """
     if not isinstance(data, Mapping) or "variant" not in data:
         raise SpecError(f"a spec is an object with the field 'variant'; given: {data!r}")
@@ -76,7 +76,21 @@ def from_json(data: Mapping[str, Any], find: Callable[[str], type[Spec]]) -> Spe
     if unknown:
         name = data["variant"]
         raise SpecError(f"unknown field {unknown[0]!r} of variant {name!r}; its fields are {', '.join(known)}")
-    return kind(**given)
+    return made(kind, data["variant"], given)
+
+
+def made(kind: type[Spec], name: str, options: Mapping[str, Any]) -> Spec:
+    """A Spec of the class, called `name`.
+
+    Raises
+    ------
+    SpecError
+        An option that has no default is missing, or one is out of range.
+    """
+    missing = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING and f.name not in options]
+    if missing:
+        raise SpecError(f"{name} has no default for {', '.join(missing)}: give a value")
+    return kind(**options)
 
 
 def _decode(value: Any, find: Callable[[str], type[Spec]]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.errors import StorageError
+from refattn.errors import SpecError, StorageError
 from refattn.files import safetensors_bytes, safetensors_read, write
 from refattn.spec import Spec, from_json
 
@@ -24,6 +24,8 @@ class State(Mapping[str, NDArray[Any]]):
     """
 
     def __init__(self, spec: Spec, length: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        if type(length) is not int or length < 0:
+            raise SpecError(f"a state's length is a number of tokens from 0 on; given: {length!r}")
         self.spec, self.length = spec, length
         self._arrays = {name: _readonly(array) for name, array in arrays.items()}
 

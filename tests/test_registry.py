@@ -80,6 +80,7 @@ def test_the_example_resolves_to_itself(info):
     ("name", "options", "message"),
     [
         ("flash", {}, "unknown variant 'flash'; there are: alibi, .*sdpa"),
+        ("infini_attention", {"update": "delta"}, "infini_attention has no default for segment"),
         ("sdpa", {"dropout": 0.1}, "sdpa has no option 'dropout'; its options are causal, window"),
         ("_place", {}, "unknown variant '_place'"),
         (None, {}, "unknown variant None"),

@@ -9,7 +9,9 @@ from checks import near, same
 import refattn as ra
 from refattn import registry
 from refattn.errors import RefattnError, ShapeError, SpecError, StorageError
+from refattn.files import safetensors_bytes
 from refattn.golden import suite
+from refattn.state import FORMAT
 
 STREAMING = {name: info for name, info in ra.variants().items() if hasattr(info.module, "state")}
 # One Spec of each set of options that a golden case has.
@@ -208,6 +210,41 @@ def test_what_carries_no_state_says_so():
         ra.step(ra.SDPA(), ra.State(ra.SDPA(), 0, {}), {})
     with pytest.raises(SpecError, match="sdpa offers out, lse"):
         ra.evaluate(ra.SDPA(), {n: np.ones((1, 1, 1, 1)) for n in "qkv"}, want=("state",))
+
+
+def test_states_of_every_dtype_are_kept_bit_for_bit(tmp_path):
+    spec, inputs = ra.InfiniAttention(segment=4), {n: np.ones((1, 1, 5, 2)) for n in "qkv"} | {"gate": np.zeros(1)}
+    for dtype in ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"):
+        state = ra.step(spec, ra.init_state(spec, B=1, Hkv=1, D=2, Dv=2, dtype=dtype), inputs)[1]
+        state.save(tmp_path / dtype)
+        loaded = ra.load_state(tmp_path / dtype)
+        for array in state:
+            assert loaded[array].dtype.name == dtype
+            same(loaded[array].astype(float), np.asarray(state[array]).astype(float))
+
+
+def test_a_file_whose_spec_lacks_an_option_is_refused(tmp_path):
+    about = {"format": FORMAT, "spec": '{"variant": "infini_attention"}', "length": "0"}
+    (tmp_path / "damaged").write_bytes(safetensors_bytes({"k": np.zeros(1)}, about))
+    with pytest.raises(StorageError, match="no default for segment"):
+        ra.load_state(tmp_path / "damaged")
+
+
+def test_a_length_is_a_count_of_tokens():
+    for length in (-1, 1.0, None):
+        with pytest.raises(SpecError, match="length is a number of tokens from 0 on"):
+            ra.State(ra.InfiniAttention(segment=4), length, {})
+
+
+def test_only_a_step_goes_on_from_a_state():
+    """The arrays of a state after whole segments have the shapes of a first one."""
+    spec, inputs = ra.InfiniAttention(segment=4), {n: np.ones((1, 1, 4, 2)) for n in "qkv"} | {"gate": np.zeros(1)}
+    state = ra.evaluate(spec, inputs, want=("state",)).state
+    given = inputs | {f"state_{name}": array for name, array in state.items()}
+    with pytest.raises(ShapeError, match=r"unknown array 'state_memory'.*refattn\.step goes on"):
+        ra.evaluate(spec, given)
+    with pytest.raises(ShapeError, match=r"unknown array 'state_memory'.*refattn\.step goes on"):
+        ra.vjp(spec, given, {"out": np.ones((1, 1, 4, 2))})
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", None])

@@ -58,8 +58,7 @@ def lower(spec: Any, x: Mapping[str, Any], state: Mapping[str, Any]) -> Recurren
         memories.append(moves[-1] @ memories[-1] + fresh)
 
     number = (ahead + np.arange(x["x"].shape[1])) // spec.segment
-    here = np.stack(memories)[number].transpose(1, 0, 2, 3)
-    read = means(spec, basis, *parameters(spec, basis, x, here))
+    read = means(spec, basis, *parameters(spec, basis, x, memories, number))
     values = np.einsum("bie,ged->bgid", signal, x["wv"])
     if spec.sticky:
         read, news, first = unrolled(spec, number, read, news, memory=memories[0], moves=moves)
@@ -137,13 +136,17 @@ def masked(x: Mapping[str, Any], tokens: Floats) -> Floats:
     return out
 
 
-def parameters(spec: Any, basis: Basis, x: Mapping[str, Any], here: Floats) -> tuple[Floats, Floats]:
-    """μ and σ² (B,Hq,L) for memories (B,L,N,E): the query goes into the memory's width instead of the memory into D."""
+def parameters(
+    spec: Any, basis: Basis, x: Mapping[str, Any], memories: list[Floats], number: Any
+) -> tuple[Floats, Floats]:
+    """μ and σ² (B,Hq,L), token i of memory number[i] (B,N,E): the query goes into its width instead of it into D."""
     batch, heads, count, width = x["q"].shape
     groups = x["wk"].shape[0]
     grouped = x["q"].reshape(batch, groups, heads // groups, count, width)
     wide = np.einsum("bgrid,ged->bgrie", grouped, x["wk"]).reshape(batch, heads, count, x["wk"].shape[1])
-    a = spec.scale * np.einsum("bhie,bine->bhin", wide, here)
+    a = np.zeros((batch, heads, count, spec.basis))
+    for n, memory in enumerate(memories):
+        a[:, :, number == n] = spec.scale * wide[:, :, number == n] @ memory.transpose(0, 2, 1)[:, None]
     if spec.parameters == "moments":
         p = np.exp(a - np.logaddexp.reduce(a, -1, keepdims=True))
         mu = p @ basis.centres

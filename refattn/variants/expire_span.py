@@ -205,7 +205,8 @@ def lower(spec: ExpireSpan, x: Mapping[str, Any], state: Mapping[str, Any]) -> M
         rows = take(table, np.arange(spec.lags)[::-1][max(spec.lags - first - 1, 0) :], 0)
         above = first + 1 - rows.shape[0]
         zeros = [real(np.zeros((n, table.shape[1])), table) for n in (above, there + spec.nearest)]
-        values = reshape(concatenate([zeros[0], rows, zeros[1]], 0), (1, -1, table.shape[1]))
+        values = concatenate([zeros[0], rows, zeros[1]], 0)
+        values = reshape(values, (1, *values.shape))
         turned = real(spec.scale or 0.0, x["q"]) * x["q"]
         options["relative"] = (Relative(rows=turned, values=values, offset=there),)
     bias = Dense(values=where(live, log(where(live, m, 1)), masked))

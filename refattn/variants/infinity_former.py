@@ -47,9 +47,11 @@ import numpy as np
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import (
+    clean,
     concatenate,
     einsum,
     extend,
+    finite,
     maximum,
     real,
     reshape,
@@ -60,6 +62,7 @@ from refattn.numeric import (
     stored,
     take,
     total,
+    where,
 )
 from refattn.plan import Recurrent
 from refattn.spec import Array, Spec, dyadic
@@ -259,7 +262,11 @@ def _looked(spec: InfinityFormer, mu: Any, variance: Any, seen: Any) -> tuple[An
     """The histogram up to each token, and the mass in each bin after the last."""
     each = total(densities.histogram(mu[..., None], variance[..., None], ridge.edges(spec, mu)), 1)
     until = real(np.tri(mu.shape[2], dtype=np.int64), mu)
-    mass = einsum("ij,bjn->bin", until, each) + seen[:, None]
+    mass = einsum("ij,bjn->bin", until, clean(each)) + seen[:, None]
+    spoiled = np.logical_or.accumulate(~finite(each), 1)
+    if spoiled.any():
+        # 0 NaN is NaN: no token may hear of one that comes after it.
+        mass = mass * where(spoiled, real(np.nan, mass), real(1, mass))
     return mass / total(mass, -1, keepdims=True), mass[:, -1]
 
 
@@ -271,8 +278,6 @@ def operations(spec: InfinityFormer, sizes: Mapping[str, int]) -> tuple[int, int
     projecting = sizes["B"] * sizes["Hkv"] * spec.basis * sizes["E"] * (sizes["D"] + sizes["Dv"])
     reading = rows * spec.basis * (sizes["D"] + sizes["Dv"])
     return 2 * (fits * (fitting + projecting) + reading), 16 * rows * spec.basis
-
-
 
 
 def lower(spec: InfinityFormer, x: Mapping[str, Any], state: Mapping[str, Any]) -> Recurrent:

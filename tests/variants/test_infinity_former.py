@@ -1,6 +1,7 @@
 """∞-former: numbers worked by hand, plain loops, the closed-form Jacobians, and what a continuous memory must keep."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -220,6 +221,17 @@ def test_a_histogram_is_of_all_queries_of_the_segment_so_far(rng):
     assert (mass.sum(-1) <= 4).all()
 
 
+def test_a_query_that_is_no_number_spoils_no_histogram_before_it(rng):
+    spec = ra.InfinityFormer(**BASE, sticky=True, bins=7)
+    x = arrays(spec, rng)
+    clean = ra.evaluate(spec, x, want=("histogram",)).histogram
+    x["q"][0, 0, 6] = np.nan
+    found = ra.evaluate(spec, x, want=("histogram",)).histogram
+    assert np.isnan(found[0, 6:8]).all()
+    found[0, 6:8] = clean[0, 6:8]
+    near(found, clean)
+
+
 def test_a_first_segment_finds_nothing(rng):
     spec = ra.InfinityFormer(**BASE | {"sticky": True, "bins": 4})
     found = ra.evaluate(spec, arrays(spec, rng, L=4), want=wanted(spec))
@@ -273,6 +285,17 @@ def test_a_bin_that_is_none_and_weights_for_another_basis_are_refused(rng):
         ra.evaluate(spec, x)
     with pytest.raises(ShapeError, match=r"(?s)w_mu has size 7 where 6 is expected.*w_mu \(6\) real"):
         ra.evaluate(spec, arrays(spec, rng) | {"w_mu": np.ones(7)})
+
+
+def test_a_plan_holds_one_memory_for_each_segment_and_not_for_each_token():
+    spec, sizes = ra.InfinityFormer(segment=64, basis=64, samples=64), SIZES | {"L": 512, "E": 128}
+    # What is imported when it is first asked for does not count.
+    ra.explain(spec, SIZES)
+    tracemalloc.start()
+    ra.explain(spec, sizes)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < sizes["B"] * sizes["L"] * spec.basis * sizes["E"] * 8 / 2
 
 
 def test_operations_of_reading_do_not_grow_with_what_went_before():
