@@ -123,6 +123,10 @@ def attention(
     arrays, q_at = layouts.inward(_numpy(given), layout, **packing)
     options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "keep_probability": probability}
     whole = registry.spec("sdpa", rotary=rotary, bias=terms, **options)
+    others = [name for name in registry.info("sdpa").module.signature(whole) if name not in given]
+    if others:
+        inputs = ", ".join(f"{name!r}: ..." for name in others)
+        raise SpecError(f"attention has no argument for {', '.join(others)}: evaluate(SDPA(...), {{'q': q, {inputs}}})")
     out = _run(build(whole, arrays, dtype, ("out",)), engine)["out"]
     return from_numpy(np.ascontiguousarray(layouts.outward(out, layout, q_at)), q)
 

@@ -137,13 +137,13 @@ def spec(name: str, **options: Any) -> Spec:
     Raises
     ------
     SpecError
-        For an unknown name or option, or an option out of range.
+        For an unknown name or option, one out of range, or one without a default that is not given.
     """
     kind = spec_class(name)
     unknown = sorted(set(options) - set(kind.__dataclass_fields__))
     if unknown:
         raise SpecError(f"{name} has no option {unknown[0]!r}; its options are {', '.join(kind.__dataclass_fields__)}")
-    return kind(**options)
+    return specs.made(kind, options)
 
 
 def from_json(data: Any) -> Spec:

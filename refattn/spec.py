@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -65,7 +65,7 @@ def from_json(data: Mapping[str, Any], find: Callable[[str], type[Spec]]) -> Spe
     Raises
     ------
     SpecError
-        For a missing or unknown variant, or a field its Spec does not have.
+        For a missing or unknown variant, a field its Spec does not have, or one that it needs.
     """
     if not isinstance(data, Mapping) or "variant" not in data:
         raise SpecError(f"a spec is an object with the field 'variant'; given: {data!r}")
@@ -76,7 +76,21 @@ def from_json(data: Mapping[str, Any], find: Callable[[str], type[Spec]]) -> Spe
     if unknown:
         name = data["variant"]
         raise SpecError(f"unknown field {unknown[0]!r} of variant {name!r}; its fields are {', '.join(known)}")
-    return kind(**given)
+    return made(kind, given)
+
+
+def made(kind: type[Spec], options: Mapping[str, Any]) -> Spec:
+    """The Spec of a class with these options, which the class has.
+
+    Raises
+    ------
+    SpecError
+        An option without a default is not among them, or one is out of range.
+    """
+    lacking = [f.name for f in fields(kind) if f.default is MISSING and f.name not in options]
+    if lacking:
+        raise SpecError(f"{kind.__name__} needs {', '.join(lacking)}, without a default; given: {dict(options)}")
+    return kind(**options)
 
 
 def _decode(value: Any, find: Callable[[str], type[Spec]]) -> Any:

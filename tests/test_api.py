@@ -303,6 +303,18 @@ def test_rotary_takes_a_rotary_term_only(x):
         ra.attention(**x, rotary=ra.ALiBi())
 
 
+@pytest.mark.parametrize(
+    ("option", "arrays"),
+    [
+        ({"rotary": ra.RoPE(pairing="half", angles="table")}, "rope_cos, rope_sin"),
+        ({"bias": (ra.ALiBi(), ra.T5())}, "t5_table"),
+    ],
+)
+def test_terms_with_arrays_of_their_own_are_for_evaluate(x, option, arrays):
+    with pytest.raises(SpecError, match=rf"attention has no argument for {arrays}: evaluate\(SDPA"):
+        ra.attention(**x, **option)
+
+
 # Import
 
 

@@ -81,6 +81,7 @@ def test_the_example_resolves_to_itself(info):
     [
         ("flash", {}, "unknown variant 'flash'; there are: alibi, .*sdpa"),
         ("sdpa", {"dropout": 0.1}, "sdpa has no option 'dropout'; its options are causal, window"),
+        ("compressive", {"segment": 4}, "Compressive needs memory, compressed, rate, without a default"),
         ("_place", {}, "unknown variant '_place'"),
         (None, {}, "unknown variant None"),
         (["sdpa"], {}, "unknown variant"),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from refattn.engines.cpu import score
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4
 from refattn.engines.cpu.pool import spread
-from refattn.errors import ShapeError
+from refattn.errors import ShapeError, Unsupported
 from refattn.plan import Dense, Score, Slope, Table, leaves, map_leaves
 from refattn.problem import Problem
 from refattn.spec import Outputs
@@ -53,7 +53,14 @@ def vjp(
     ------
     ShapeError
         out or lse in `outputs` does not have the shape this problem gives it.
+    Unsupported
+        The variant carries a state: its plan computes the same numbers, but not through what the text detaches.
     """
+    if hasattr(problem.variant, "state"):
+        raise Unsupported(
+            f"the cpu engine has no gradients of {problem.spec.variant} or another variant that carries a state, for "
+            "a plan does not say what is detached: engine='reference' has them"
+        )
     tape, x = Tape(), problem.lift(np.asarray)
     inputs = {n: tape.variable(x[n]) for n in wrt}
     taped = problem.variant.lower(problem.spec, x | inputs)
