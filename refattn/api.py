@@ -266,7 +266,7 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
             raise ShapeError(f"sizes are integers from 0 on; given: {dim}={size!r}")
     kinds = {"real": format_of(dtype).numpy, "int": np.int64, "bool": bool}
     needed = {n: a for n, a in signature.items() if not a.optional}
-    inputs = {n: np.full(a.shape(sizes), a.domain == "positive", kinds[a.kind]) for n, a in needed.items()}
+    inputs = {n: np.full(a.shape(sizes), a.kind == "real", kinds[a.kind]) for n, a in needed.items()}
     problem = build(whole, inputs, dtype, ("out",))
     engines: dict[str, str | None] = {}
     for name in registry.ENGINES:

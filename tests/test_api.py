@@ -276,6 +276,12 @@ def test_explain_refuses(sizes, message):
         ra.explain(ra.SDPA(), sizes)
 
 
+def test_explain_asks_for_arrays_that_have_a_direction():
+    spec = ra.Memorizing(segment=2, memory=2, top=2, normalise=True, epsilon=0.0)
+    told = ra.explain(spec, {"B": 1, "Hq": 2, "Hkv": 1, "L": 4, "D": 2, "Dv": 2})
+    assert told["engines"]["reference"] is None
+
+
 def test_an_engine_that_does_not_take_a_problem_says_why(x, monkeypatch):
     monkeypatch.setattr(registry.engine("certified"), "refuses", lambda problem: "too hard, for once")
     with pytest.raises(Unsupported, match="engine 'certified' does not take this problem: too hard, for once"):
