@@ -71,7 +71,7 @@ def test_float32_is_within_the_published_bound_of_each_element(name, rng):
 
 @pytest.mark.parametrize("variant", registry.names())
 def test_the_golden_cases_are_within_their_bounds(variant):
-    """Of every golden case of moderate size, out, lse and gradients; a float64 bound is counted twice, once each."""
+    """Of every golden case of moderate size out, lse and gradients; a float64 bound is counted twice, once each."""
     for case in registry.info(variant).cases():
         spec, module = registry.whole(case.spec)
         if module.operations(module.resolve(spec, case.sizes), case.sizes)[1] > 8 * case.sizes["B"] << 15:
@@ -84,7 +84,9 @@ def test_the_golden_cases_are_within_their_bounds(variant):
         wide = problem.dtype == np.float64
         weights = {n: w for n, w in weights.items() if n in WANT}
         bounds = build.bounds(problem, weights, wrt, FLOAT64 if wide else FLOAT32)
-        expected, found = reference.vjp(problem, weights, wrt), cpu.vjp(problem, weights, wrt)
+        expected = reference.vjp(problem, weights, wrt)
+        # Of a variant with a state a plan has no gradients.
+        found = cpu.run(problem) if hasattr(module, "state") else cpu.vjp(problem, weights, wrt)
         for n in found:
             same(np.isnan(found[n]), np.isnan(expected[n]))
             same(np.isneginf(found[n]), np.isneginf(expected[n]))
