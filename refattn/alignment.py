@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn import api
+from refattn.arrays import to_numpy
 from refattn.errors import ShapeError, SpecError
 from refattn.spec import Spec
 
@@ -84,11 +85,12 @@ def align_temperature(
         What was given and what was expected; or no temperature meets the target, and between what it must lie.
     """
     rows, held = _rows(source, arrays)
-    shape = {"all": (), "layer": held.shape[:1], "head": held.shape}.get(reduce, ())
+    _check_reduce(reduce)
+    shape = {"all": (), "layer": held.shape[:1], "head": held.shape}[reduce]
     if criterion not in Statistics._fields:
         raise SpecError(f"criterion is 'max_prob' or 'entropy'; given: {criterion!r}")
 
-    goal = np.asarray(target, np.float64)
+    goal = to_numpy(target, "target").astype(np.float64)
     if goal.shape not in ((), shape) or not np.isfinite(goal).all():
         raise ShapeError(f"target is a finite number, or an array {shape} of them; given: {target!r}")
 
@@ -114,13 +116,17 @@ def align_temperature(
 
 def _means(found: Statistics, reduce: str) -> Statistics:
     """Over the rows that see a key."""
-    if not isinstance(reduce, str) or reduce not in _AVERAGED:
-        raise SpecError(f"reduce is 'all', 'layer' or 'head'; given: {reduce!r}")
+    _check_reduce(reduce)
     seen = ~np.isnan(found.entropy)
     count = seen.sum(_AVERAGED[reduce])
     if not count.all():
         raise ShapeError(f"no row sees a key, so there is no mean: of {seen.shape} rows by layer, sequence and head")
     return Statistics(*(np.where(seen, a, 0).sum(_AVERAGED[reduce]) / count for a in found))
+
+
+def _check_reduce(reduce: Any) -> None:
+    if not isinstance(reduce, str) or reduce not in _AVERAGED:
+        raise SpecError(f"reduce is 'all', 'layer' or 'head'; given: {reduce!r}")
 
 
 def _rows(source: Any, arrays: Any) -> tuple[_Rows, Floats]:
@@ -129,7 +135,7 @@ def _rows(source: Any, arrays: Any) -> tuple[_Rows, Floats]:
         return _of_spec(source, arrays)
     if arrays is not None:
         raise SpecError(f"arrays are those of a Spec, and logits need none; given: source {type(source).__name__}")
-    return _of_logits(np.asarray(source, np.float64))
+    return _of_logits(to_numpy(source, "logits").astype(np.float64))
 
 
 def _of_logits(logits: Floats) -> tuple[_Rows, Floats]:

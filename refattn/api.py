@@ -123,6 +123,10 @@ def attention(
     arrays, q_at = layouts.inward(_numpy(given), layout, **packing)
     options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "keep_probability": probability}
     whole = registry.spec("sdpa", rotary=rotary, bias=terms, **options)
+    others = [name for name in registry.info("sdpa").module.signature(whole) if name not in given]
+    if others:
+        inputs = ", ".join(f"{name!r}: ..." for name in others)
+        raise SpecError(f"attention has no argument for {', '.join(others)}: evaluate(SDPA(...), {{'q': q, {inputs}}})")
     out = _run(build(whole, arrays, dtype, ("out",)), engine)["out"]
     return from_numpy(np.ascontiguousarray(layouts.outward(out, layout, q_at)), q)
 
@@ -264,7 +268,7 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
             raise ShapeError(f"sizes are integers from 0 on; given: {dim}={size!r}")
     kinds = {"real": format_of(dtype).numpy, "int": np.int64, "bool": bool}
     needed = {n: a for n, a in signature.items() if not a.optional}
-    inputs = {n: np.full(a.shape(sizes), a.domain == "positive", kinds[a.kind]) for n, a in needed.items()}
+    inputs = {n: np.full(a.shape(sizes), a.kind == "real", kinds[a.kind]) for n, a in needed.items()}
     problem = build(whole, inputs, dtype, ("out",))
     engines: dict[str, str | None] = {}
     for name in registry.ENGINES:

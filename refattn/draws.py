@@ -76,8 +76,10 @@ def pilot_rows(lengths: Sequence[int], count: int, *, seed: int = 0, name: str =
     Raises
     ------
     SpecError
-        A count is negative, or there is no row to draw.
+        A count is negative, there is no row to draw, or lengths is no sequence.
     """
+    if np.ndim(lengths) != 1:
+        raise SpecError(f"lengths holds one integer for each sequence, such as [Lq] * B; given: {lengths!r}")
     for length in lengths:
         _counts(length=length)
     _counts(count=count)

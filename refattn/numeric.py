@@ -304,7 +304,7 @@ def softmax_attend(
         # On the weights of the live keys alone, so that forwards and backwards no other key hears of it.
         w = w * where(live & np.any(bad, -1, keepdims=True), real(np.nan, s), real(1, s))
         lse = lse * where(np.any(bad, -1), real(np.nan, s), real(1, s))
-    grouped = (batch, groups, heads // groups, lq)
+    grouped = (batch, groups, heads // max(groups, 1), lq)
     mean = einsum("bgrij,bgjd->bgrid", reshape(w, (*grouped, lk)), clean(v))
     mean = reshape(mean, (batch, heads, lq, dv))
     for which, table in relative:

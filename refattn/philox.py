@@ -70,10 +70,12 @@ def words(seed: int, case: str, tensor: str, count: int) -> Words:
     Raises
     ------
     SpecError
-        seed is not in [0, 2^64).
+        seed is no integer in [0, 2^64), or case no string.
     """
-    if not 0 <= seed < 2**64:
-        raise SpecError(f"seed must be in [0, 2^64); given {seed}")
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise SpecError(f"seed must be an integer in [0, 2^64); given {seed!r}")
+    if not isinstance(case, str):
+        raise SpecError(f"name is a string; given: {case!r}")
     index = np.arange(count, dtype=np.uint64)
     high, low = divmod(seed, 2**32)
     return philox4x32((index & _LOW, index >> _32, identifier(tensor), identifier(case)), (low, high))

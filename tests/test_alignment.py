@@ -10,7 +10,7 @@ from checks import near
 
 import refattn as ra
 from refattn.alignment import align_temperature, statistics
-from refattn.errors import ShapeError, SpecError
+from refattn.errors import DTypeError, ShapeError, SpecError
 
 PAGE = Path(__file__).parents[1] / "docs" / "alignment.md"
 CRITERION = pytest.mark.parametrize("criterion", ["max_prob", "entropy"])
@@ -167,6 +167,9 @@ def test_rows_of_one_key_have_no_range():
         ({"criterion": "mean"}, SpecError, "criterion is 'max_prob' or 'entropy'; given: 'mean'"),
         ({"reduce": "row"}, SpecError, "reduce is 'all', 'layer' or 'head'; given: 'row'"),
         ({"reduce": None}, SpecError, "reduce is 'all', 'layer' or 'head'"),
+        ({"reduce": ["all"]}, SpecError, r"reduce is 'all', 'layer' or 'head'; given: \['all'\]"),
+        ({"target": "half"}, DTypeError, "target"),
+        ({"source": "logits"}, DTypeError, "logits"),
         ({"target": math.nan}, ShapeError, r"target is a finite number, or an array \(\) of them; given: nan"),
         ({"target": [0.5, 0.5], "reduce": "layer"}, ShapeError, r"an array \(1,\) of them"),
         ({"source": np.zeros((3, 4))}, ShapeError, r"logits are \(B,H,Lq,Lk\).*given: \(3, 4\)"),

@@ -276,6 +276,12 @@ def test_explain_refuses(sizes, message):
         ra.explain(ra.SDPA(), sizes)
 
 
+def test_explain_asks_for_arrays_that_have_a_direction():
+    spec = ra.Memorizing(segment=2, memory=2, top=2, normalise=True, epsilon=0.0)
+    told = ra.explain(spec, {"B": 1, "Hq": 2, "Hkv": 1, "L": 4, "D": 2, "Dv": 2})
+    assert told["engines"]["reference"] is None
+
+
 def test_an_engine_that_does_not_take_a_problem_says_why(x, monkeypatch):
     monkeypatch.setattr(registry.engine("certified"), "refuses", lambda problem: "too hard, for once")
     with pytest.raises(Unsupported, match="engine 'certified' does not take this problem: too hard, for once"):
@@ -301,6 +307,18 @@ def test_an_unknown_layout(x, layout):
 def test_rotary_takes_a_rotary_term_only(x):
     with pytest.raises(SpecError, match="rotary takes a Spec such as RoPE"):
         ra.attention(**x, rotary=ra.ALiBi())
+
+
+@pytest.mark.parametrize(
+    ("option", "arrays"),
+    [
+        ({"rotary": ra.RoPE(pairing="half", angles="table")}, "rope_cos, rope_sin"),
+        ({"bias": (ra.ALiBi(), ra.T5())}, "t5_table"),
+    ],
+)
+def test_terms_with_arrays_of_their_own_are_for_evaluate(x, option, arrays):
+    with pytest.raises(SpecError, match=rf"attention has no argument for {arrays}: evaluate\(SDPA"):
+        ra.attention(**x, **option)
 
 
 # Import

@@ -56,6 +56,20 @@ def signature_of(spec):
     return module.signature(whole)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [ra.Perceiver(), ra.Perceiver(inverted=True), ra.AxialDeepLab(span=2), ra.CausalTransformer(final_layer=True)],
+)
+def test_no_heads_at_all_are_no_heads_of_output(spec):
+    module = registry.whole(spec)[1]
+    sizes = dict.fromkeys(("B", "Lq", "Lk", "S", "E", "C", "D", "Dv"), 2) | {"Hq": 0, "Hkv": 1}
+    x = {name: np.ones(a.shape(sizes)) for name, a in module.signature(spec).items() if not a.optional}
+    out = ra.evaluate(spec, x)["out"]
+    assert out.shape == module.outputs(spec)["out"].shape(sizes)
+    assert not out.any()
+    assert set(ra.vjp(spec, x, {"out": out})) == {f"d{name}" for name in x}
+
+
 def limit(array, sizes):
     """What the domain of lengths or indices is counted by: a dimension's size, or a number."""
     dim = array.domain.partition(":")[2]

@@ -71,7 +71,7 @@ def test_float32_is_within_the_published_bound_of_each_element(name, rng):
 
 @pytest.mark.parametrize("variant", registry.names())
 def test_the_golden_cases_are_within_their_bounds(variant):
-    """Of every golden case of moderate size, out, lse and gradients; a float64 bound is counted twice, once each."""
+    """Of every golden case of moderate size out, lse and gradients; a float64 bound is counted twice, once each."""
     for case in registry.info(variant).cases():
         spec, module = registry.whole(case.spec)
         if module.operations(module.resolve(spec, case.sizes), case.sizes)[1] > 8 * case.sizes["B"] << 15:
@@ -387,3 +387,15 @@ assert "refattn.engines.reference" in sys.modules
 print("numba" in sys.modules)
 """
     assert process(script) == "False\n"
+
+
+def test_gradients_of_a_variant_with_a_state_are_refused_for_its_plan_does_not_detach(rng):
+    spec = ra.Compressive(segment=2, memory=2, compressed=2, rate=2)
+    sizes = {"B": 1, "L": 7, "E": 3, "Hq": 2, "Hkv": 1, "D": 2, "Dv": 2, "R": 4}
+    signature = registry.info("compressive").module.signature(spec)
+    x = {name: rng.normal(size=array.shape(sizes)) for name, array in signature.items()}
+    assert ra.evaluate(spec, x, engine="cpu")["out"].shape == (1, 2, 7, 2)
+    with pytest.raises(
+        Unsupported, match=r"no gradients of compressive .* what is detached: engine='reference' has them"
+    ):
+        ra.vjp(spec, x, {"out": np.ones((1, 2, 7, 2))}, engine="cpu")

@@ -82,6 +82,7 @@ def test_the_example_resolves_to_itself(info):
         ("flash", {}, "unknown variant 'flash'; there are: alibi, .*sdpa"),
         ("infini_attention", {"update": "delta"}, "infini_attention has no default for segment"),
         ("sdpa", {"dropout": 0.1}, "sdpa has no option 'dropout'; its options are causal, window"),
+        ("compressive", {"segment": 4}, "compressive has no default for memory, compressed, rate: give a value"),
         ("_place", {}, "unknown variant '_place'"),
         (None, {}, "unknown variant None"),
         (["sdpa"], {}, "unknown variant"),

@@ -126,6 +126,26 @@ def slopes(f: Failure) -> Iterator[Alternative]:
             yield Alternative(key=key, words=words, spec=whole, arrays=scaled, only=FORWARD)
 
 
+def rotation(f: Failure) -> Iterator[Alternative]:
+    """RoPE left out, of the other pairs or channels, or by angles of the other arithmetic."""
+    spec: Any = f.golden.spec
+    turn = spec.rotary
+    if turn is None or turn.variant != "rope":
+        return
+    none = {"rope_cos": None, "rope_sin": None}
+    yield Alternative(key="rotary_ignored", words="q and k not turned", spec=replace(spec, rotary=None), arrays=none)
+    for key, name, words in (
+        ("rotary_pairing", "pairing", {"half": "pairs of halves", "interleaved": "pairs of neighbours"}),
+        ("rotary_part", "part", {"first": "the first channels turned", "last": "the last channels turned"}),
+        ("rotary_angles", "angles", {"exact": "angles in double precision", "float32": "angles in float32"}),
+    ):
+        asked = getattr(turn, name)
+        for other in set(words) - {asked} if asked in words else ():
+            if other != "float32" or float(np.float32(turn.base)) == turn.base:
+                told = f"{words[other]}, where {name} is {asked!r}"
+                yield Alternative(key=key, words=told, spec=replace(spec, rotary=replace(turn, **{name: other})))
+
+
 def bias(f: Failure) -> Iterator[Alternative]:
     """A dense bias inside the scale, or none."""
     if "bias" not in f.arrays:
@@ -177,4 +197,4 @@ def _with_term(spec: Any, term: Any, changed: Any) -> Any:
     return replace(spec, bias=tuple(changed if t is term else t for t in spec.bias))
 
 
-SCORES: tuple[Hypothesis, ...] = (alignment, window, key_head, scale, slopes, bias, masks, sink, softcap)
+SCORES: tuple[Hypothesis, ...] = (alignment, window, key_head, scale, slopes, rotation, bias, masks, sink, softcap)

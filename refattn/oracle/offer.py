@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,12 @@ def offer(golden: Golden, takes: Declared) -> Offer:
     return Offer(arguments, leaves)
 
 
+def _plain(option: Any) -> Any:
+    if isinstance(option, tuple):
+        return tuple(map(_plain, option))
+    return _plain_options(option) if isinstance(option, Spec) else option
+
+
 def _plain_options(term: Any) -> dict[str, Any]:
     return {"variant": term.variant} | {f.name: getattr(term, f.name) for f in fields(term)}
 
@@ -128,10 +134,14 @@ def _offer_by_name(golden: Golden, arrays: Mapping[str, Any], takes: Declared) -
     **options is not enough: q, k and v mean plain attention to whoever does not know the variant.
     """
     spec: Any = golden.spec
-    options = {f.name: getattr(spec, f.name) for f in fields(spec) if getattr(spec, f.name) != f.default}
-    if golden.sizes.get("D") and options.get("scale") == sqrt_reciprocal(golden.sizes["D"]):
-        del options["scale"]
-    options = {name: _plain_options(o) if isinstance(o, Spec) else o for name, o in options.items()}
+    defaults = {f.name: f.default for f in fields(spec)}
+    options = {name: getattr(spec, name) for name, default in defaults.items() if getattr(spec, name) != default}
+    if "scale" in options:
+        # The scale where none is said is not everywhere D^-1/2.
+        unsaid: Any = registry.info(spec.variant).module.resolve(replace(spec, scale=defaults["scale"]), golden.sizes)
+        if options["scale"] == unsaid.scale:
+            del options["scale"]
+    options = {name: _plain(option) for name, option in options.items()}
     if golden.history:
         options["history"] = golden.history
     missing = [name for name in (*arrays, *options) if name not in takes.names]

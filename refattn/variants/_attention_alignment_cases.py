@@ -166,7 +166,7 @@ def listed() -> Iterator[Case]:
         cotangents=EVERY,
         want=ALL,
         rows=Rows(q=(0, 1, 2), k=(0, 1, 384, 511, 512)),
-        catches="entropy by −p ln(p + 1e-9), or of weights in 16 bits, over 513 keys that are attended to flatly",
+        catches="entropy summed key by key in 16 bits over 513 keys that are attended to flatly, or by −p ln(p + 1e-4)",
     )
     yield Case(
         name="attention_alignment/one_query_1025",

@@ -70,7 +70,7 @@ def listed() -> Iterator[Case]:
         sizes=measured(7, (17, 17), (2, 2), batch=2),
         dtype="bfloat16",
         inputs={"sample": keys(17)},
-        catches="a sum of values accumulated in 16 bits, or divided by its count; chosen rows that see later keys",
+        catches="a sum of values accumulated in bfloat16, or divided by its count; chosen rows that see later keys",
     )
     yield Case(
         name="informer/causal_cummean",
@@ -132,5 +132,5 @@ def listed() -> Iterator[Case]:
         spec=Informer(queries=2),
         sizes=measured(8, (5, 513), (1, 1), (2, 2)),
         inputs={"sample": keys(513)},
-        catches="sampled indices in 8 bits, or a mean of 513 values summed in 16",
+        catches="sampled indices in 8 bits, or a mean of 513 values summed in bfloat16",
     )

@@ -146,5 +146,5 @@ def listed() -> Iterator[Case]:
         spec=Skeinformer(reuse_pilot=False),
         sizes=sketch(2, 4, (3, 513), (1, 1), (2, 2)),
         inputs={"pilot": indices(2, 0), "columns": indices(512, 0, 255, 256)},
-        catches="513 − d keys that stand for the undrawn counted in 16 bits; the last column taken for padding",
+        catches="513 − d keys that stand for the undrawn counted in 8 bits; the last column taken for padding",
     )

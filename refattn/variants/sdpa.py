@@ -171,7 +171,7 @@ def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, 
     turned = dict(x) | {"q": clean(x["q"]), "k": clean(x["k"])}
     if spec.rotary is not None:
         turned["q"], turned["k"] = _module(spec.rotary).rotate(spec.rotary, turned, at)
-    rows = reshape(turned["q"], (batch, groups, heads // groups, lq, width))
+    rows = reshape(turned["q"], (batch, groups, heads // max(groups, 1), lq, width))
     s = reshape(einsum("bgrid,bgjd->bgrij", rows, turned["k"]), (batch, heads, lq, lk))
     relative = []
     for term in spec.content:
@@ -250,7 +250,6 @@ def restrict(spec: SDPA, x: Mapping[str, Any], rows: tuple[int, ...]) -> dict[st
         short.pop("q_lengths", None)
         short["kv_lengths"] = ragged[1]
     return short
-
 
 
 def operations(spec: SDPA, sizes: Mapping[str, int]) -> tuple[int, int]:

@@ -108,3 +108,34 @@ def test_gradients_for_some_of_the_cotangents_are_not_compared(aligned):
     (line,) = ra.validate(with_two, folder=aligned).lines
     assert line.verdict == "pass", line.words
     assert set(line.outputs) == {"out", "lse", "max_prob", "entropy"}
+
+
+# Options whose default the sizes decide, and terms in a tuple
+
+
+@pytest.fixture(scope="module")
+def defaults(tmp_path_factory):
+    """Axial-DeepLab, whose scale is 1 where none is said, and Memorizing with a T5 in its tuple of biases."""
+    every = {case.name: case for name in ("axial_deeplab", "memorizing") for case in registry.info(name).cases()}
+    chosen = [every["axial_deeplab/rows_3x5"], every["memorizing/normalised"]]
+    return published(tmp_path_factory, {case.name: build(case) for case in chosen})
+
+
+def without_scale(*, q, k, v, rq, rk, rv, span, axis="height"):
+    x = {"q": q, "k": k, "v": v, "rq": rq, "rk": rk, "rv": rv}
+    return dict(ra.evaluate(ra.AxialDeepLab(span=span, axis=axis), x, want=("out", "lse")))
+
+
+def near_and_far(*, q, k, v, gate, sharpness, t5_table, segment, memory, top, normalise, bias):
+    assert bias == ({"variant": "t5", "buckets": 4, "max_distance": 6, "bidirectional": False},)
+    terms = tuple(map(registry.from_json, bias))
+    spec = ra.Memorizing(segment=segment, memory=memory, top=top, normalise=normalise, bias=terms)
+    x = {"q": q, "k": k, "v": v, "gate": gate, "sharpness": sharpness, "t5_table": t5_table}
+    return dict(ra.evaluate(spec, x, want=("out", "indices", "margin")))
+
+
+@pytest.mark.parametrize(
+    ("fn", "case"), [(without_scale, "axial_deeplab/rows_3x5"), (near_and_far, "memorizing/normalised")]
+)
+def test_a_scale_that_is_the_variants_own_default_is_not_passed_and_terms_are_plain_data(fn, case, defaults):
+    assert verdicts(fn, defaults)[case] == ("pass", "")
