@@ -36,7 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(wanted: Sequence[cells.Cell], path: Path, key: str, given: argparse.Namespace) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     crew = run.Crew(given.store, given.avx2)

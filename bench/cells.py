@@ -76,7 +76,9 @@ def goal(cell: Cell) -> float | None:
 
 def quick() -> list[Cell]:
     """The fixed subset of `make bench`: one of each kind of the grid, and the cells with a goal of their own."""
-    causal = [Cell(heads=16, kv_heads=16, length=n, width=d, causal=True) for n, d in ((128, 64), (512, 64), (512, 128))]
+    causal = [
+        Cell(heads=16, kv_heads=16, length=n, width=d, causal=True) for n, d in ((128, 64), (512, 64), (512, 128))
+    ]
     long = [Cell(width=d, causal=c) for c, d in product((True, False), (64, 128))]
     others = [
         Cell(heads=16, kv_heads=16, length=128),
@@ -212,4 +214,4 @@ def flops(cell: Cell) -> float:
 
 def cache_bytes(cell: Cell) -> int:
     """Bytes of k and v, which decode has to read once."""
-    return 2 * cell.kv_heads * cell.length * cell.width * np.dtype(DTYPES[cell.dtype]).itemsize
+    return 2 * cell.kv_heads * cell.length * cell.width * int(np.dtype(DTYPES[cell.dtype]).itemsize)

@@ -41,13 +41,14 @@ def exact(cell: Cell, given: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
         p /= p.sum(1, keepdims=True)
         one = {"out": p @ v}
         if cell.kind == "backward":
-            one = _gradients(p, one["out"], q, k, v, given["dout"][0, h].astype(np.float64))
+            one = _gradients(p, (q, k, v), one["out"], given["dout"][0, h].astype(np.float64))
         for name, a in one.items():
             found.setdefault(name, []).append(a)
     return {name: _grouped(cell, name, np.stack(heads))[None] for name, heads in found.items()}
 
 
-def _gradients(p: Floats, out: Floats, q: Floats, k: Floats, v: Floats, dout: Floats) -> dict[str, Floats]:
+def _gradients(p: Floats, qkv: tuple[Floats, Floats, Floats], out: Floats, dout: Floats) -> dict[str, Floats]:
+    q, k, v = qkv
     ds = p * (dout @ v.T - (dout * out).sum(1, keepdims=True)) / np.sqrt(q.shape[1])
     return {"dq": ds @ k, "dk": ds.T @ q, "dv": p.T @ dout}
 
@@ -56,7 +57,8 @@ def _grouped(cell: Cell, name: str, heads: Floats) -> Floats:
     """Gradients of a key head: the sum over the query heads that read it."""
     if name not in ("dk", "dv"):
         return heads
-    return heads.reshape(cell.kv_heads, -1, *heads.shape[1:]).sum(1)
+    shared: Floats = heads.reshape(cell.kv_heads, -1, *heads.shape[1:]).sum(1)
+    return shared
 
 
 def units(cell: Cell, found: Mapping[str, NDArray[Any]], want: Mapping[str, Floats]) -> float:

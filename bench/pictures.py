@@ -14,7 +14,7 @@ def draw(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> dic
     """PNG by name; the same bytes for the same numbers."""
     done = [(cell, results[cell.name]) for cell in cells if cell.name in results]
     ratios = [(cell, found[0]) for cell, kept in done if (found := ratio(kept)) is not None]
-    shares = [(cell, found) for cell, kept in done if (found := share(cell, kept)) is not None]
+    shares = [(cell, part) for cell, kept in done if (part := share(cell, kept)) is not None]
     return {
         "ratio": _bars(ratios, "fastest peer's time over refattn's (| goal)", {c: goal(c) for c, _ in ratios}, 1.0),
         "peak": _bars(shares, "share of the machine's peak: multiply-adds, or reading for decode", {}, None),
@@ -31,7 +31,7 @@ def _bars(
     axes.barh(range(len(bars)), [value for _, value in bars], height=0.7)
     axes.set_yticks(range(len(bars)), [cell.name for cell, _ in bars], fontsize=7)
     axes.invert_yaxis()
-    wanted = [(n, goals[cell]) for n, (cell, _) in enumerate(bars) if goals.get(cell)]
+    wanted = [(n, g) for n, (cell, _) in enumerate(bars) if (g := goals.get(cell)) is not None]
     if wanted:
         axes.plot([g for _, g in wanted], [n for n, _ in wanted], "k|", markersize=8)
     if line is not None:

@@ -15,8 +15,8 @@ TITLES = {name: peers.load(name).TITLE for name in peers.ALL}
 HEAD = """\
 # Benchmark
 
-Written by `{command}`. refattn's cpu engine through its public functions, beside its peers on the same numbers, with the
-same number of threads, in one run. Each contender has its own process (JAX's is tied to as many cores as it may use
+Written by `{command}`. refattn's cpu engine through its public functions, beside its peers on the same numbers, with
+the same number of threads, in one run. Each contender has its own process (JAX's is tied to as many cores as it may use
 threads, for it has no other setting), and they take turns: interleaved is one sample of each, again and again; block by
 block is all samples of one, then of the next. A sample is one call, or as many as last 10 ms. Compiling, masks and
 biases as arrays, and other layouts are made beforehand, untimed. Batch 1, N(0,1) inputs.
@@ -74,7 +74,8 @@ def _noise(done: Sequence[tuple[Cell, Kept]]) -> list[str]:
         return []
     return [
         f"**Provisional: the machine was not quiet.** Load before the first cell: {load:.1f}; the machine's own peak "
-        f"differs by a factor of {max(widths, default=math.nan):.2f} between cells. Ratios mean something, times little.\n"
+        f"differs by a factor of {max(widths, default=math.nan):.2f} between cells. Ratios mean something, "
+        "times little.\n"
     ]
 
 
@@ -85,7 +86,11 @@ def _peaks(done: Sequence[tuple[Cell, Kept]]) -> list[tuple[str, float, float, f
         for threads in (1, 2):
             found: dict[int, list[float]] = {}
             for cell, kept in done:
-                if (cell.kind == "decode") == decode and cell.threads == threads and kept["interleaved"].get(peers.PEAK):
+                if (
+                    (cell.kind == "decode") == decode
+                    and cell.threads == threads
+                    and kept["interleaved"].get(peers.PEAK)
+                ):
                     found.setdefault(cache_bytes(cell) if decode else 0, []).append(peak(kept) / 1e9)
             for size, speeds in sorted(found.items()):
                 of = f" of {size / 2**20:.0f} MiB" if decode else ""
@@ -116,14 +121,18 @@ def _goals(done: Sequence[tuple[Cell, Kept]]) -> str:
     lines = ["## Goals\n", "| cell | goal | interleaved | block by block | peak |", "|---|---|---|---|---|"]
     for cell, kept in done:
         if cell.blocks:
-            found = [f"{r[0]:.2f} ({TITLES[r[1]]})" if (r := ratio(kept, m)) else "–" for m in ("interleaved", "blocks")]
+            found = [
+                f"{r[0]:.2f} ({TITLES[r[1]]})" if (r := ratio(kept, m)) else "–" for m in ("interleaved", "blocks")
+            ]
             lines.append(f"| {cell.name} | {goal(cell)} | {' | '.join(found)} | {_percent(share(cell, kept))} |")
     return "\n".join([*lines, ""]) if len(lines) > 3 else ""
 
 
 def _own(done: Sequence[tuple[Cell, Kept]]) -> str:
     """refattn beside itself: what a term costs for each visible pair, and what a narrower dtype gains."""
-    seconds = {c: spread(kept["interleaved"][peers.OWN]).median for c, kept in done if kept["interleaved"].get(peers.OWN)}
+    seconds = {
+        c: spread(kept["interleaved"][peers.OWN]).median for c, kept in done if kept["interleaved"].get(peers.OWN)
+    }
     lines = ["## refattn beside itself\n", "| cell | beside | time, at the same work |", "|---|---|---|"]
     for cell, t in seconds.items():
         other = Cell(**(vars(cell) | {"term": "plain", "dtype": "f32"}))
@@ -142,7 +151,7 @@ def _table(kind: str, done: Sequence[tuple[Cell, Kept]]) -> str:
         best = ratio(kept)
         first = [cell.name.removeprefix(f"{kind} "), f"{best[0]:.2f}" if best else "–", _percent(share(cell, kept))]
         lines.append(f"| {' | '.join(first + [_field(kept, n) for n in shown])} |")
-    return "\n".join([*lines, "", *_reasons(names, done), ""])
+    return "\n".join([*lines, "", *_reasons([*names, peers.PEAK], done), ""])
 
 
 def _field(kept: Kept, name: str) -> str:
@@ -163,7 +172,13 @@ def _reasons(names: Sequence[str], done: Sequence[tuple[Cell, Kept]]) -> list[st
             if name in kept["skipped"]:
                 cells.setdefault(kept["skipped"][name], []).append(cell.name)
         for why, where in cells.items():
-            which = "all cells" if len(where) == len(done) else "; ".join(where) if len(where) < 4 else f"{len(where)} cells"
+            which = (
+                "all cells"
+                if len(where) == len(done)
+                else "; ".join(where)
+                if len(where) < 4
+                else f"{len(where)} cells"
+            )
             lines.append(f"- {TITLES[name]} not run: {why} ({which})")
     return lines
 

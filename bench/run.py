@@ -56,7 +56,9 @@ def obstacle(cell: Cell, name: str, short: bool) -> str | None:
     return f"needs about {need / 2**30:.0f} GiB" if need > MEMORY else None
 
 
-def measure(cell: Cell, crew: Crew, budget: float, names: Iterable[str] = peers.ALL, short: bool = False) -> dict[str, Any]:
+def measure(
+    cell: Cell, crew: Crew, budget: float, names: Iterable[str] = peers.ALL, short: bool = False
+) -> dict[str, Any]:
     """What is kept of a cell: seconds of every sample, errors, and why a contender has none."""
     skipped = {n: why for n in names if (why := obstacle(cell, n, short)) is not None}
     probes, errors, amounts = {}, {}, {}

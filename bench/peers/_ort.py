@@ -14,12 +14,17 @@ from bench.peers import Call
 OPSET = 23
 
 
-def session(cell: Cell, op: str, domain: str, inputs: Mapping[str, NDArray[Any]], names: list[str], **given: Any) -> Any:
+def session(
+    cell: Cell, op: str, domain: str, inputs: Mapping[str, NDArray[Any]], names: list[str], **given: Any
+) -> Any:
     """A session of one node; `names` are its inputs in order, "" for one that is left out."""
     onnx, ort = (importlib.import_module(n) for n in ("onnx", "onnxruntime"))
     helper = onnx.helper
     kind = helper.np_dtype_to_tensor_dtype(inputs["q"].dtype)
-    values = {n: helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in inputs.items()}
+    values = {
+        n: helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+        for n, a in inputs.items()
+    }
     node = helper.make_node(op, names, ["out"], domain=domain, **given)
     out = helper.make_tensor_value_info("out", kind, inputs["q"].shape)
     graph = helper.make_graph([node], "attention", list(values.values()), [out])

@@ -49,7 +49,7 @@ def prepare(cell: Cell, x: Mapping[str, NDArray[Any]]) -> Call:
     if cell.kind != "backward":
         compiled = jax.jit(attend)
         return Call(lambda: compiled(q, k, v, arrays).block_until_ready(), lambda found: {"out": _read(found)})
-    pulled = jax.jit(lambda *x: jax.vjp(lambda *y: attend(*y, arrays), *x)[1])(q, k, v)
+    pulled = jax.jit(lambda q, k, v: jax.vjp(lambda q, k, v: attend(q, k, v, arrays), q, k, v)[1])(q, k, v)
     back, dout = jax.jit(lambda pull, given: pull(given)), jax.numpy.asarray(_swapped(x["dout"]))
     return Call(
         lambda: jax.block_until_ready(back(pulled, dout)),
