@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,12 +81,21 @@ def measure(
             skipped[name] = str(stop)
 
     def sample(name: str, calls: int, warm: bool) -> float:
-        return float(crew.member(name, cell.threads).ask(("time", calls, warm), 3 * CALL_S))
+        if name in skipped:
+            return math.nan
+        try:
+            return float(crew.member(name, cell.threads).ask(("time", calls, warm), 3 * CALL_S))
+        except Stopped as stop:
+            skipped[name] = str(stop)
+            return math.nan
 
     planned = timing.plans(probes, budget)
-    kept = {"cell": cell.name, "load": load, "errors": errors, "skipped": skipped, "amounts": amounts}
+    kept: dict[str, Any] = {"cell": cell.name, "load": load, "errors": errors, "skipped": skipped, "amounts": amounts}
     kept["interleaved"] = timing.interleaved(sample, planned)
     kept["blocks"] = timing.by_blocks(sample, planned) if cell.blocks else {}
+    for mode in ("interleaved", "blocks"):
+        kept[mode] = {name: seconds for name, seconds in kept[mode].items() if name not in skipped}
     for name in probes:
-        crew.member(name, cell.threads).ask(("drop",), CALL_S)
+        with suppress(Stopped):
+            crew.member(name, cell.threads).ask(("drop",), CALL_S)
     return kept

@@ -169,6 +169,27 @@ def test_a_worker_that_takes_too_long_is_stopped_and_one_that_fails_says_why(tmp
         crew.dismiss()
 
 
+def test_a_peer_that_fails_between_samples_costs_only_its_own_figures(tmp_path, monkeypatch):
+    class Frail:
+        def __init__(self, name):
+            self.name, self.timed = name, 0
+
+        def ask(self, order, limit):
+            self.timed += order[0] == "time"
+            if self.name == "torch_sdpa" and self.timed > 2:
+                raise worker.Stopped("its process ended")
+            return 0.004 if order[0] == "time" else exact.exact(TINY, cells.arrays(TINY))
+
+    members = {name: Frail(name) for name in ("refattn", "torch_sdpa")}
+    crew = run.Crew(tmp_path)
+    monkeypatch.setattr(peers, "installed", lambda peer: True)
+    monkeypatch.setattr(crew, "member", lambda name, threads: members[name])
+    kept = run.measure(TINY, crew, 0.1, list(members))
+    assert kept["skipped"] == {"torch_sdpa": "its process ended"}
+    assert list(kept["interleaved"]) == ["refattn"]
+    assert np.isfinite(kept["interleaved"]["refattn"]).all()
+
+
 def test_a_cell_from_end_to_end(tmp_path, monkeypatch):
     """refattn and the machine alone, then a second run that finds everything done and only writes the page."""
     driver = importlib.import_module("bench.__main__")
