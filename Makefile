@@ -5,10 +5,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help golden test bench stream docs claims lint wheel mintest peers new clean sameness
+.PHONY: help golden test bench bench-full bench-engines stream docs claims lint wheel mintest peers new clean sameness
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 golden: .venv/.ok  ## regenerate every committed golden case and compare it byte by byte
 	$(BIN)/refattn golden verify
@@ -16,7 +16,13 @@ golden: .venv/.ok  ## regenerate every committed golden case and compare it byte
 test: .venv/.ok  ## the whole test suite, on the CPU
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-bench: .venv/.ok  ## time the registry's variants, engine by engine; see bench/README.md
+bench: .venv/.docs  ## 24 problems beside the peers that are installed; writes docs/bench.md; see bench/README.md
+	PYTHONPATH=. $(BIN)/python -m bench
+
+bench-full: .venv/.docs  ## every problem of the grid, for hours; goes on where it was cut off
+	PYTHONPATH=. $(BIN)/python -m bench --full
+
+bench-engines: .venv/.ok  ## a few problems with pytest-benchmark, to compare two states of the code
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-autosave --benchmark-sort=fullname \
 		--benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 

@@ -43,7 +43,8 @@ def stream(name: str, count: int, step: int, progress: Progress) -> list[tuple[i
     state = ra.init_state(spec, **{dim: sizes[dim] for dim in needed})
     first = tokens(signature, sizes | {"L": 1}, rng)
     learned = {n: a for n, a in first.items() if "L" not in signature[n].names}
-    task, shown, rows, start = progress.add_task(name, total=count), 0, [], time.perf_counter()
+    rows: list[tuple[int, float, int, int, int]] = []
+    task, shown, start = progress.add_task(name, total=count), 0, time.perf_counter()
     tracemalloc.start()
     ends = [count * (n + 1) // TENTHS for n in range(TENTHS)]
     while state.length < count:
