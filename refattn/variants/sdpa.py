@@ -275,4 +275,3 @@ def _module(term: Spec) -> Any:
     import sys
 
     return sys.modules[type(term).__module__]
-
