@@ -76,9 +76,15 @@ def _outputs(plan: Score, kind: type[np.floating[Any]]) -> dict[str, Floats]:
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(plan, kind))
     q, k, v = (converted(leaf, kind) for leaf in (plan.q, plan.k, plan.v))
-    out, lse, redo = fast.run(plan, rows(q), rows(k), v)
+    q, k = rows(q), rows(k)
+    out, lse, redo = fast.run(plan, q, k, v)
     if redo.any():
-        again = prepare(plan, kind)
+        again, finite = prepare(plan, kind), np.isfinite(v)
+        bad = np.argwhere(~finite.all(-1))
+        if len(bad):
+            # A weight of 0 hides no NaN: once more without them, and those rows again that see one.
+            out, lse, redo = fast.run(plan, q, k, np.where(finite, v, np.float32(0)))
+            score.see(again, bad, redo)
         for row in np.flatnonzero(redo).tolist():
             score.forward(again, out, lse, row, row + 1)
     return {"out": out.astype(np.float64), "lse": lse.astype(np.float64)}

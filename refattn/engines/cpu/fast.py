@@ -35,7 +35,11 @@ def takes(plan: Score) -> bool:
 
 
 def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-    """Out (B,Hq,Lq,Dv), lse and which rows are to be made again (B,Hq,Lq); q, k, v are the plan's, C order float32."""
+    """Out (B,Hq,Lq,Dv), lse and which rows are to be made again (B,Hq,Lq).
+
+    q, k, v are the plan's in float32, C order, without infinities in q and k. What is not finite in v reaches all rows
+    of a tile, masked or not: they are to be made again.
+    """
     batch, heads, lq, depth = q.shape
     groups, lk, width = v.shape[1:]
     share = heads // groups
@@ -105,7 +109,7 @@ def _ends(integers: Array) -> Array:
 
 def _in_base_2(numbers: Array) -> Array:
     with np.errstate(over="ignore"):
-        return np.array(numbers * LOG2E, np.float32)
+        return np.array(numbers * LOG2E, np.float32, order="C")
 
 
 def _table(plan: Score, heads: int) -> tuple[Array, int]:
