@@ -342,8 +342,8 @@ def process(script, **environment):
 def test_a_second_process_finds_every_kernel_on_disk(tmp_path):
     script = """
 gradients()
-from refattn.engines.cpu import score
-kernels = (score.forward, score.backward_rows, score.backward_keys, score.backward_bias)
+from refattn.engines.cpu import forward, score
+kernels = (forward.kernel(forward.shape_for(1, 96)), score.backward_rows, score.backward_keys, score.backward_bias)
 print(json.dumps([[sum(k.stats.cache_hits.values()), sum(k.stats.cache_misses.values())] for k in kernels]))
 """
     first, second = (json.loads(process(script, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2))

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu import score
-from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4
+from refattn.engines.cpu import fast, score
+from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.errors import ShapeError, Unsupported
 from refattn.plan import Dense, Score, Slope, Table, leaves, map_leaves
@@ -39,7 +39,7 @@ def refuses(problem: Problem) -> str | None:
 
 def run(problem: Problem) -> Outputs:
     """Out (B,Hq,Lq,Dv) and lse (B,Hq,Lq) as float64 arrays, computed in float32 or float64."""
-    return Outputs(_forward(prepare(problem.score, _kind(problem))))
+    return Outputs(_outputs(problem.score, _kind(problem)))
 
 
 def vjp(
@@ -63,7 +63,7 @@ def vjp(
     taped: Any = problem.lowered(x | inputs)
     plan = map_leaves(taped, lambda leaf: getattr(leaf, "value", leaf))
     operands = prepare(plan, _kind(problem))
-    found = _saved(outputs or {}, operands) or _forward(operands)
+    found = _saved(outputs or {}, operands) or _outputs(plan, _kind(problem))
     wanted = {n: leaf for n, leaf in leaves(taped).items() if isinstance(leaf, Variable)}
     dout, dlse = (_cotangent(cotangents.get(n), found[n], operands) for n in ("out", "lse"))
     gradients = _backward(plan, operands, dout, dlse, set(wanted))
@@ -73,6 +73,25 @@ def vjp(
 
 def _kind(problem: Problem) -> type[np.floating[Any]]:
     return np.float64 if problem.dtype == np.float64 else np.float32
+
+
+def _outputs(plan: Score, kind: type[np.floating[Any]]) -> dict[str, Floats]:
+    """Out and lse by the fast kernel where it can, its rows of doubt and all other plans row by row."""
+    if kind is np.float64 or not fast.takes(plan):
+        return _forward(prepare(plan, kind))
+    q, k, v = (converted(leaf, kind) for leaf in (plan.q, plan.k, plan.v))
+    q, k = rows(q), rows(k)
+    out, lse, redo = fast.run(plan, q, k, v)
+    if redo.any():
+        again, finite = prepare(plan, kind), np.isfinite(v)
+        bad = np.argwhere(~finite.all(-1))
+        if len(bad):
+            # A weight of 0 hides no NaN: once more without them, and those rows again that see one.
+            out, lse, redo = fast.run(plan, q, k, np.where(finite, v, np.float32(0)))
+            score.see(again, bad, redo)
+        for row in np.flatnonzero(redo).tolist():
+            score.forward(again, out, lse, row, row + 1)
+    return {"out": out.astype(np.float64), "lse": lse.astype(np.float64)}
 
 
 def _forward(x: Operands) -> dict[str, Floats]:

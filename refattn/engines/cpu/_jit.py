@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
+import llvmlite
 import numba
+from llvmlite.binding import get_host_cpu_features
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
@@ -16,7 +21,26 @@ def jit(function: Kernel) -> Kernel:
     nogil lets the threads of `pool` run side by side. error_model="numpy" gives x/0 as IEEE 754 does. No fastmath: it
     answers isnan(nan) with False, and masking depends on that answer.
 
-    The key of the disk cache is the function's own file: what a kernel calls stands in the same file, else an edited
-    helper would leave the old machine code in use.
+    The key of the disk cache is the function's own file and the numbers it closes over: what a kernel calls stands in
+    the same file, or the kernel closes over the `stamp` of the other ones, else an edited helper would leave the old
+    machine code in use.
     """
     return cast("Kernel", numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+
+
+def stamp(*modules: ModuleType) -> int:
+    """A number that changes with the text of the modules and with llvmlite."""
+    found = zlib.crc32(llvmlite.__version__.encode())
+    for module in modules:
+        found = zlib.crc32(Path(cast("str", module.__file__)).read_bytes(), found)
+    return found
+
+
+def lanes() -> int:
+    """Float32 numbers in one vector register of the processor that is compiled for."""
+    named = getattr(numba.config, "CPU_NAME", None)
+    if named and named != "host":
+        wide = ("avx512", "icelake", "sapphire", "znver4", "znver5")
+        return 16 if any(part in named for part in wide) else 4 if named in {"generic", "x86-64"} else 8
+    features = get_host_cpu_features()
+    return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4

@@ -66,20 +66,18 @@ def prepare(plan: Score, kind: type[np.floating[Any]]) -> Operands:
     lk = plan.k.shape[2]
     q_length, k_length = plan.lengths or (np.full(batch, lq), np.full(batch, lk))
     segments = plan.segments or (np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64))
-    masks, mask_strides = _stack([] if plan.mask is None else [plan.mask], np.bool_)
-    keeps, keep_strides = _stack([] if plan.keep is None else [plan.keep[0]], np.bool_)
-    biases, bias_strides = _stack([b.values for b in plan.bias if isinstance(b, Dense)], kind)
-    left, right = plan.window
-    reach = GREATEST if right is None else right
+    masks, mask_strides = stacked([] if plan.mask is None else [plan.mask], np.bool_)
+    keeps, keep_strides = stacked([] if plan.keep is None else [plan.keep[0]], np.bool_)
+    biases, bias_strides = stacked([b.values for b in plan.bias if isinstance(b, Dense)], kind)
     low, count = differences(plan)
     slopes = np.sum([b.slopes for b in plan.bias if isinstance(b, Slope)], axis=0) + np.zeros(heads)
     probability = 1.0 if plan.keep is None else plan.keep[1]
     return Operands(
-        q=_rows(converted(plan.q, kind)),
-        k=_rows(converted(plan.k, kind)),
+        q=rows(converted(plan.q, kind)),
+        k=rows(converted(plan.k, kind)),
         v=_entries(converted(plan.v, kind)),
         constants=converted([plan.scale, plan.softcap or 0.0, 1 / probability], kind),
-        span=converted([LEAST if left is None else -left, min(reach, 0) if plan.causal else reach], np.int64),
+        span=converted(span(plan), np.int64),
         q_at=_each(plan.positions[0], lq),
         k_at=_each(plan.positions[1], lk),
         q_length=converted(q_length, np.int64),
@@ -93,10 +91,17 @@ def prepare(plan: Score, kind: type[np.floating[Any]]) -> Operands:
         biases=biases,
         bias_strides=bias_strides,
         slopes=converted(slopes, kind),
-        table=converted(_table([b for b in plan.bias if isinstance(b, Table)], heads, low, count), kind),
+        table=converted(summed([b for b in plan.bias if isinstance(b, Table)], heads, low, count), kind),
         low=low,
         sink=converted(np.full(heads, -np.inf) if plan.sink is None else plan.sink, kind),
     )
+
+
+def span(plan: Score) -> tuple[int, int]:
+    """Least and greatest position(j) − position(i) that is visible."""
+    left, right = plan.window
+    reach = GREATEST if right is None else right
+    return LEAST if left is None else -left, min(reach, 0) if plan.causal else reach
 
 
 def differences(plan: Score) -> tuple[int, int]:
@@ -122,7 +127,7 @@ def rank4(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (1,) * (4 - len(shape)) + shape
 
 
-def _table(tables: Sequence[Table], heads: int, low: int, count: int) -> Array:
+def summed(tables: Sequence[Table], heads: int, low: int, count: int) -> Array:
     """Sum of the tables over the differences that occur; −∞ in one masks, whatever another holds."""
     if not tables or not count:
         return np.zeros((heads, 0))
@@ -137,7 +142,8 @@ def _table(tables: Sequence[Table], heads: int, low: int, count: int) -> Array:
         return np.where(np.isneginf(parts).any(0), -np.inf, parts.sum(0))
 
 
-def _stack(arrays: Sequence[Array], kind: Any) -> tuple[Array, Array]:
+def stacked(arrays: Sequence[Array], kind: Any) -> tuple[Array, Array]:
+    """A stack: the elements of all arrays, and their strides."""
     strides, start = np.zeros((len(arrays), 5), np.int64), 0
     for row, array in zip(strides, arrays, strict=True):
         shape = rank4(array.shape)
@@ -152,7 +158,8 @@ def _each(integers: Array, length: int) -> Array:
     return converted(np.broadcast_to(integers, (integers.shape[0], length)), np.int64)
 
 
-def _rows(array: Array) -> Array:
+def rows(array: Array) -> Array:
+    """NaN in the whole of a row where an entry is not finite."""
     finite = np.isfinite(array).all(-1, keepdims=True)
     return array if finite.all() else np.where(finite, array, array.dtype.type(np.nan))
 

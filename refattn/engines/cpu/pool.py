@@ -53,6 +53,19 @@ def spread(kernel: Callable[..., None], arguments: tuple[Any, ...], tasks: int, 
         future.result()
 
 
+def together(kernel: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]], tasks: int, work: int) -> None:
+    """Call kernel(*arguments()) in this thread and in others; the calls share out `tasks` among themselves."""
+    workers = min(threads(), tasks)
+    if workers < 2 or work < _SMALL:
+        kernel(*arguments())
+        return
+    pool = _pool(os.getpid(), threads())
+    others = [pool.submit(kernel, *arguments()) for _ in range(workers - 1)]
+    kernel(*arguments())
+    for other in others:
+        other.result()
+
+
 @cache
 def _pool(process: int, workers: int) -> ThreadPoolExecutor:
     """One pool a process: after fork the parent's threads do not exist in the child."""

@@ -63,23 +63,42 @@ def bias(x: Operands, b: int, h: int, i: int, j: int, r: int) -> Any:
 
 
 @jit
+def visible(x: Operands, b: int, h: int, i: int, j: int) -> Any:
+    """What is added to the logit of a pair; −∞ where it is masked."""
+    hidden = x.q.dtype.type(-np.inf)
+    if i >= x.q_length[b] or j >= x.k_length[b]:
+        return hidden
+    r = x.k_at[b % x.k_at.shape[0], j] - x.q_at[b % x.q_at.shape[0], i]
+    if r < x.span[0] or r > x.span[1]:
+        return hidden
+    if x.k_segment[b % x.k_segment.shape[0], j] != x.q_segment[b % x.q_segment.shape[0], i]:
+        return hidden
+    if not all_true(x.masks, x.mask_strides, b, h, i, j):
+        return hidden
+    return bias(x, b, h, i, j, r)
+
+
+@jit
+def see(x: Operands, keys: Array, rows: Array) -> None:
+    """Set rows (B,Hq,Lq) where one of the keys (n,3), each b, key head, j, is visible."""
+    share = x.q.shape[1] // x.k.shape[1]
+    for n in range(keys.shape[0]):
+        b, g, j = keys[n, 0], keys[n, 1], keys[n, 2]
+        for h in range(g * share, (g + 1) * share):
+            for i in range(x.q.shape[2]):
+                if visible(x, b, h, i, j) != -np.inf:
+                    rows[b, h, i] = True
+
+
+@jit
 def logits(x: Operands, b: int, h: int, i: int, live: Array, s: Array, slope: Array) -> int:
     """Fill `live` with the keys that row (b, h, i) sees, s with its logits, slope with ds/d(q·k); return how many."""
-    if i >= x.q_length[b]:
-        return 0
     zero, one = x.q.dtype.type(0), x.q.dtype.type(1)
     g = h // (x.q.shape[1] // x.k.shape[1])
     scale, cap = x.constants[0], x.constants[1]
-    at, segment = x.q_at[b % x.q_at.shape[0], i], x.q_segment[b % x.q_segment.shape[0], i]
-    k_at, k_segment = x.k_at[b % x.k_at.shape[0]], x.k_segment[b % x.k_segment.shape[0]]
     t = 0
-    for j in range(min(x.k_length[b], x.k.shape[2])):
-        r = k_at[j] - at
-        if r < x.span[0] or r > x.span[1] or k_segment[j] != segment:
-            continue
-        if not all_true(x.masks, x.mask_strides, b, h, i, j):
-            continue
-        added = bias(x, b, h, i, j, r)
+    for j in range(x.k.shape[2]):
+        added = visible(x, b, h, i, j)
         if added == -np.inf:
             continue
         dot = zero

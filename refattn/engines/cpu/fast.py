@@ -1,0 +1,126 @@
+"""Which plans the fast kernels take, and how they are given to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from refattn.engines.cpu.forward import kernel, shape_for
+from refattn.engines.cpu.operands import differences, span, stacked, summed
+from refattn.engines.cpu.pool import together
+from refattn.engines.cpu.tiles import BOTTOM
+from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, scratch
+from refattn.plan import Dense, Score, Slope, Table
+
+_FARTHEST = 1 << 29  # differences of positions stay well inside int32
+_LARGEST = 1e30  # a few factors below do not overflow
+_MARGIN = 64  # rows in a tile at most: what a tile reads of a table beyond its columns
+
+
+def takes(plan: Score) -> bool:
+    """Whether the kernel computes all that the plan asks for."""
+    if plan.keep is not None or plan.relative or plan.v_table or not (plan.q.size and plan.k.size and plan.v.size):
+        return False
+    integers = [*plan.positions, *(plan.segments or ())]
+    if any(a.size and max(-int(a.min()), int(a.max())) > _FARTHEST for a in integers):
+        return False
+    if any(isinstance(b, Slope) for b in plan.bias) and max(int(np.abs(a).max()) for a in plan.positions) > 1 << 23:
+        return False
+    low, high = span(plan)
+    numbers = [plan.scale or 1.0, *([] if plan.softcap is None else [plan.softcap, (plan.scale or 1.0) / plan.softcap])]
+    if low > high or not all(1 / _LARGEST < abs(number) < _LARGEST for number in numbers):
+        return False
+    return plan.sink is None or bool((np.abs(plan.sink[~np.isneginf(plan.sink)]) < _LARGEST).all())
+
+
+def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """Out (B,Hq,Lq,Dv), lse and which rows are to be made again (B,Hq,Lq).
+
+    q, k, v are the plan's in float32, C order, without infinities in q and k. What is not finite in v reaches all rows
+    of a tile, masked or not: they are to be made again.
+    """
+    batch, heads, lq, depth = q.shape
+    groups, lk, width = v.shape[1:]
+    share = heads // groups
+    out, lse = np.empty((batch, heads, lq, width), np.float32), np.empty(q.shape[:3], np.float32)
+    redo, counter = np.empty(q.shape[:3], np.bool_), np.zeros(1, np.int64)
+    low, high = (min(max(end, -4 * _FARTHEST), 4 * _FARTHEST - 1) for end in span(plan))
+    q_at, k_at = _each(plan.positions[0], lq), _each(plan.positions[1], lk)
+    parts = (_NONE, _NONE) if plan.segments is None else plan.segments
+    q_segment, k_segment = _each(parts[0], lq), _each(parts[1], lk)
+    q_length, k_length = plan.lengths or (np.full(batch, lq), np.full(batch, lk))
+    slopes = [b.slopes for b in plan.bias if isinstance(b, Slope)]
+    table, zero = _table(plan, heads)
+    dense = [b.values for b in plan.bias if isinstance(b, Dense)]
+    if plan.mask is not None:
+        dense.append(np.where(plan.mask, np.float32(0), np.float32(-np.inf)))
+    biases, bias_strides = stacked(dense, np.float32)
+    x = Arrays(
+        sizes=(batch, heads, groups, lq, lk, depth, width),
+        q=q.reshape(-1),
+        k=k.reshape(-1),
+        v=v.reshape(-1),
+        out=out.reshape(-1),
+        lse=lse.reshape(-1),
+        redo=redo.reshape(-1),
+        q_length=np.array(q_length, np.int64),
+        k_length=np.array(k_length, np.int64),
+        q_at=q_at,
+        k_at=k_at,
+        k_ends=_ends(k_at),
+        span=(low, high),
+        q_segment=q_segment,
+        k_segment=k_segment,
+        k_parts=_ends(k_segment),
+        sign=float(np.sign(plan.scale)),
+        unit=abs(plan.scale) * LOG2E or 1.0,
+        cap=(0.0, 0.0) if plan.softcap is None else ((abs(plan.scale) or 1.0) / plan.softcap, plan.softcap * LOG2E),
+        sloping=bool(slopes),
+        slopes=_in_base_2(sum(slopes, np.zeros(heads))),
+        table=table,
+        zero=zero,
+        evenly=bool(table.size) and _evenly(q_at) and _evenly(k_at),
+        biases=biases,
+        bias_strides=bias_strides,
+        sink=_in_base_2(np.full(heads, BOTTOM / LOG2E) if plan.sink is None else np.maximum(plan.sink, BOTTOM / LOG2E)),
+    )
+    shape = shape_for(share, lq)
+    tasks = batch * groups * shape.tasks(share, lq)
+    work = lse.size * lk * (depth + width)
+    together(kernel(shape), lambda: (x, scratch(shape.rows, depth, width), counter), tasks, work)
+    return out, lse, redo
+
+
+_NONE = np.zeros((1, 1), np.int64)
+
+
+def _each(integers: Array, length: int) -> Array:
+    """One int32 for each row or key: (1 or B, length)."""
+    return np.array(np.broadcast_to(integers, (integers.shape[0], length)), np.int32, order="C")
+
+
+def _ends(integers: Array) -> Array:
+    """Least and greatest of each tile of keys, (1 or B, tiles, 2)."""
+    starts = np.arange(0, integers.shape[1], KEYS)
+    ends = [extreme.reduceat(integers, starts, axis=1) for extreme in (np.minimum, np.maximum)]
+    return np.stack(ends, axis=2).astype(np.int64)
+
+
+def _in_base_2(numbers: Array) -> Array:
+    with np.errstate(over="ignore"):
+        return np.array(numbers * LOG2E, np.float32, order="C")
+
+
+def _table(plan: Score, heads: int) -> tuple[Array, int]:
+    """Sum of the tables from the greatest difference down with a margin, and the column of the difference 0."""
+    tables: list[Any] = [b for b in plan.bias if isinstance(b, Table)]
+    if not tables:
+        return np.zeros((heads, 0), np.float32), 0
+    low, count = differences(plan)
+    values = _in_base_2(summed(tables, heads, low, count)[:, ::-1])
+    return np.pad(values, ((0, 0), (_MARGIN, _MARGIN))), low + count - 1 + _MARGIN
+
+
+def _evenly(positions: Array) -> bool:
+    return bool((np.diff(positions, axis=1) == 1).all())

@@ -1,0 +1,188 @@
+r"""Steps of a fast kernel on one tile: queries in the lanes, keys down the rows.
+
+    products     s[n] = Σ_d k[n,d] qᵀ[d]                    a key's number is spread over all queries
+    weigh        m' = max(m, c s), w = exp2(c s − m'), l' = l exp2(m − m') + Σ_n w[n]
+    accumulate   o[d] = exp2(m − m') o[d] + Σ_n v[n,d] w[n]
+
+A tile's rows are contiguous: qᵀ (D,BM), s and w (n,BM), oᵀ (Dv,BM), BM = vectors·width lanes. k and v are read as they
+lie in memory, `stride` bytes from key to key. All arguments that are not numbers of something are addresses.
+"""
+# ruff: noqa: PLR0917  Numba calls intrinsics by position
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from refattn.engines.cpu.vectors import F32, I32, Lanes, inline
+
+BOTTOM = -(2.0**127)  # stands for −∞ as a running maximum: two of them have a difference
+INFINITY = float("inf")
+
+
+@inline
+def products(x: Lanes, s: Any, q: Any, k: Any, stride: Any, count: Any, depth: Any) -> None:
+    """s[n] = k[n] · qᵀ for n < count."""
+
+    def block(start: Any, size: int) -> None:
+        rows = [x.at(k, (x.b.add(start, x.index(n)), stride)) for n in range(size)]
+        sums = x.variables([x.spread(0.0)] * (size * x.vectors))
+        with x.each(depth) as d:
+            queries = x.loads(x.at(q, (d, x.row)))
+            for n in range(size):
+                key = x.spread(x.load(x.at(rows[n], (d, 4)), F32))
+                for v in range(x.vectors):
+                    place = sums[n * x.vectors + v]
+                    x.b.store(x.fma(key, queries[v], x.b.load(place)), place)
+        for n in range(size):
+            found = [x.b.load(place) for place in sums[n * x.vectors : (n + 1) * x.vectors]]
+            x.stores(found, x.at(s, (x.b.add(start, x.index(n)), x.row)))
+
+    x.in_blocks(count, block)
+
+
+@inline
+def accumulate(x: Lanes, o: Any, factor: Any, w: Any, v: Any, stride: Any, count: Any, width: Any) -> None:
+    """o[d] = factor o[d] + Σ_n v[n,d] w[n] for d < width."""
+
+    def block(start: Any, size: int) -> None:
+        rows = [x.at(o, (x.b.add(start, x.index(d)), x.row)) for d in range(size)]
+        scale = x.loads(factor)
+        begun = [x.b.fmul(a, f) for row in rows for a, f in zip(x.loads(row), scale, strict=True)]
+        sums = x.variables(begun)
+        first = x.at(v, (start, 4))
+        with x.each(count) as n:
+            weights = x.loads(x.at(w, (n, x.row)))
+            values = x.at(first, (n, stride))
+            for d in range(size):
+                value = x.spread(x.load(x.at(values, 4 * d), F32))
+                for m in range(x.vectors):
+                    place = sums[d * x.vectors + m]
+                    x.b.store(x.fma(value, weights[m], x.b.load(place)), place)
+        for d, row in enumerate(rows):
+            x.stores([x.b.load(place) for place in sums[d * x.vectors : (d + 1) * x.vectors]], row)
+
+    x.in_blocks(width, block)
+
+
+@inline
+def weigh(x: Lanes, s: Any, m: Any, total: Any, factor: Any, count: Any, c: Any) -> None:
+    """Logits c s[n] become weights; the running maximum m and total change, and `factor` is what they change by."""
+    unit = x.spread(c)
+    tops = x.variables([x.spread(-INFINITY)] * x.vectors)
+    with x.each(count) as n:
+        for place, logit in zip(tops, x.loads(x.at(s, (n, x.row))), strict=True):
+            x.b.store(x.largest(x.b.load(place), logit), place)
+    before = x.loads(m)
+    now = [x.largest(x.b.fmul(x.b.load(top), unit), old) for top, old in zip(tops, before, strict=True)]
+    change = [x.exp2(x.b.fsub(old, new)) for old, new in zip(before, now, strict=True)]
+    shift = [x.b.fneg(new) for new in now]
+    sums = x.variables([x.b.fmul(f, old) for f, old in zip(change, x.loads(total), strict=True)])
+    x.stores(now, m)
+    x.stores(change, factor)
+    with x.each(count) as n:
+        row = x.at(s, (n, x.row))
+        weights = [x.exp2(x.fma(a, unit, b)) for a, b in zip(x.loads(row), shift, strict=True)]
+        for place, weight in zip(sums, weights, strict=True):
+            x.b.store(x.b.fadd(x.b.load(place), weight), place)
+        x.stores(weights, row)
+    x.stores([x.b.load(place) for place in sums], total)
+
+
+def sweep(x: Lanes, s: Any, count: Any, change: Callable[[Any, list[Any]], list[Any]]) -> None:
+    """s[n] = change(n, s[n]) for n < count."""
+    with x.each(count) as n:
+        row = x.at(s, (n, x.row))
+        x.stores(change(n, x.loads(row)), row)
+
+
+@inline
+def bend(x: Lanes, s: Any, count: Any, steep: Any, cap: Any) -> None:
+    """s[n] = cap tanh(steep s[n])."""
+    inner, outer = x.spread(steep), x.spread(cap)
+    sweep(x, s, count, lambda n, row: [x.b.fmul(outer, x.tanh(x.b.fmul(inner, a))) for a in row])
+
+
+@inline
+def lean(x: Lanes, s: Any, count: Any, c: Any, k_at: Any, q_at: Any, slope: Any) -> None:
+    """s[n] = c s[n] − slope |k_at[n] − q_at|."""
+    unit, at, by = x.spread(c), x.loads_of(q_at, x.integers), [x.b.fneg(a) for a in x.loads(slope)]
+
+    def change(n: Any, row: list[Any]) -> list[Any]:
+        key = x.spread(x.load(x.at(k_at, (n, 4)), I32))
+        far = [x.magnitude(x.b.sitofp(x.b.sub(key, a), x.floats)) for a in at]
+        return [x.fma(f, b, x.b.fmul(unit, a)) for f, b, a in zip(far, by, row, strict=True)]
+
+    sweep(x, s, count, change)
+
+
+@inline
+def add(x: Lanes, s: Any, count: Any, c: Any, other: Any, stride: Any, factor: Any) -> None:
+    """s[n] = c s[n] + factor other[n], rows `stride` bytes apart."""
+    unit, by = x.spread(c), x.spread(factor)
+
+    def change(n: Any, row: list[Any]) -> list[Any]:
+        added = x.loads(x.at(other, (n, stride)))
+        return [x.fma(o, by, x.b.fmul(unit, a)) for o, a in zip(added, row, strict=True)]
+
+    sweep(x, s, count, change)
+
+
+@inline
+def hide(x: Lanes, s: Any, count: Any, k_at: Any, q_at: Any, low: Any, reach: Any) -> None:
+    """−∞ where not low ≤ k_at[n] − q_at ≤ low + reach; int32 that do not overflow, `reach` as an unsigned one."""
+    at, first, most = x.loads_of(q_at, x.integers), x.spread(x.b.trunc(low, I32)), x.spread(x.b.trunc(reach, I32))
+
+    def change(n: Any, row: list[Any]) -> list[Any]:
+        key = x.b.sub(x.spread(x.load(x.at(k_at, (n, 4)), I32)), first)
+        seen = [x.b.icmp_unsigned("<=", x.b.sub(key, a), most) for a in at]
+        return [x.b.select(c, a, x.spread(-INFINITY)) for c, a in zip(seen, row, strict=True)]
+
+    sweep(x, s, count, change)
+
+
+@inline
+def part(x: Lanes, s: Any, count: Any, k_segment: Any, q_segment: Any) -> None:
+    """−∞ where k_segment[n] is not q_segment, int32."""
+    own = x.loads_of(q_segment, x.integers)
+
+    def change(n: Any, row: list[Any]) -> list[Any]:
+        key = x.spread(x.load(x.at(k_segment, (n, 4)), I32))
+        seen = [x.b.icmp_signed("==", key, a) for a in own]
+        return [x.b.select(c, a, x.spread(-INFINITY)) for c, a in zip(seen, row, strict=True)]
+
+    sweep(x, s, count, change)
+
+
+@inline
+def turn(x: Lanes, to: Any, source: Any, rows: Any, columns: Any, to_stride: Any, stride: Any) -> None:
+    """to[c][r] = source[r][c] for whole squares of `width` numbers; both strides in bytes."""
+    width = x.index(x.width)
+    with x.each(x.b.sdiv(rows, width)) as i, x.each(x.b.sdiv(columns, width)) as j:
+        r, c = x.b.mul(i, width), x.b.mul(j, width)
+        begin, end = x.at(source, (r, stride), (c, 4)), x.at(to, (c, to_stride), (r, 4))
+        square = x.transposed([x.load(x.at(begin, (x.index(n), stride))) for n in range(x.width)])
+        for n, row in enumerate(square):
+            x.store(row, x.at(end, (x.index(n), to_stride)))
+
+
+@inline
+def scale(x: Lanes, tile: Any, factor: Any, strange: Any, count: Any) -> None:
+    """Tile[n] *= factor; `strange` becomes NaN in the lanes where a product is not finite, else 0."""
+    by, zero = x.loads(factor), x.spread(0.0)
+    sums = x.variables([zero] * x.vectors)
+    with x.each(count) as n:
+        row = x.at(tile, (n, x.row))
+        scaled = [x.b.fmul(a, f) for a, f in zip(x.loads(row), by, strict=True)]
+        for place, a in zip(sums, scaled, strict=True):
+            x.b.store(x.fma(a, zero, x.b.load(place)), place)
+        x.stores(scaled, row)
+    x.stores([x.b.load(place) for place in sums], strange)
+
+
+@inline
+def fill(x: Lanes, tile: Any, count: Any, value: Any) -> None:
+    """Tile[n] = value."""
+    row = [x.spread(value)] * x.vectors
+    with x.each(count) as n:
+        x.stores(row, x.at(tile, (n, x.row)))

@@ -1,0 +1,212 @@
+"""Vectors of float32 in LLVM's own types: the vocabulary that the inner loops of the fast kernels are written in.
+
+Numba leaves vectorising to LLVM, which prefers short vectors and has no vector exponential. Here every operation says
+how wide it is. No operation carries a fast-math flag: `exp2` depends on the order in which it rounds.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+
+# 2^f = 1 + f p(f) for |f| ≤ ½, coefficients from the least power: the minimax fit of relative error rounded to float32.
+_EXP2 = "0x1.62e42ap-1 0x1.ebf9bcp-3 0x1.c6b752p-5 0x1.3cea88p-7 0x1.5bba14p-10"
+EXP2 = tuple(map(float.fromhex, _EXP2.split()))
+# The same for tanh x = x + x³ t(x²), |x| ≤ 1.
+_TANH = "-0x1.55553cp-2 0x1.110bdep-3 -0x1.b961c8p-5 0x1.600748p-6 -0x1.04594ap-7 0x1.2d8d18p-9 -0x1.77a1eap-12"
+TANH = tuple(map(float.fromhex, _TANH.split()))
+TWO_LOG2E = float.fromhex("0x1.715476p+1")
+# Adding it leaves round(y) + 127 in the low bits of the sum, which shifted are the exponent of 2^round(y).
+MAGIC = 1.5 * 2.0**23 + 127.0
+
+
+class Lanes:
+    """Emits operations on `vectors` vectors of `width` float32; a tile's row is all of them, one lane for each query.
+
+    Memory is addressed by integers, in bytes; an address need not be aligned.
+    """
+
+    def __init__(self, builder: Any, shape: int) -> None:
+        self.b = builder
+        self.width, self.vectors, self.block = shape >> 16, shape >> 8 & 255, shape & 255
+        self.row = 4 * self.width * self.vectors
+        self.floats, self.integers = ir.VectorType(F32, self.width), ir.VectorType(I32, self.width)
+
+    def at(self, base: Any, *terms: Any) -> Any:
+        """Base plus terms: integers, or pairs of an index and how many bytes it counts."""
+        for term in terms:
+            index, size = term if isinstance(term, tuple) else (term, 1)
+            base = self.b.add(base, self.b.mul(self.index(index), self.index(size)))
+        return base
+
+    @staticmethod
+    def index(value: Any) -> Any:
+        """An int64, from a Python integer too."""
+        return I64(value) if isinstance(value, int) else value
+
+    def load(self, address: Any, kind: Any = None) -> Any:
+        """A vector of float32, or what else `kind` says."""
+        kind = kind or self.floats
+        return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=4)
+
+    def store(self, value: Any, address: Any) -> None:
+        """Store a vector."""
+        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=4)
+
+    def loads(self, address: Any) -> list[Any]:
+        """A tile's row."""
+        return self.loads_of(address, self.floats)
+
+    def loads_of(self, address: Any, kind: Any) -> list[Any]:
+        """A row of vectors of another kind."""
+        return [self.load(self.at(address, 4 * self.width * n), kind) for n in range(self.vectors)]
+
+    def stores(self, row: Sequence[Any], address: Any) -> None:
+        """Store a tile's row."""
+        for n, value in enumerate(row):
+            self.store(value, self.at(address, 4 * self.width * n))
+
+    def spread(self, scalar: Any) -> Any:
+        """The same number in every lane; a Python number is a float32."""
+        if isinstance(scalar, (int, float)):
+            return self.floats([scalar] * self.width)
+        kind = ir.VectorType(scalar.type, self.width)
+        one = self.b.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))
+        return self.b.shuffle_vector(
+            one, ir.Constant(kind, ir.Undefined), ir.VectorType(I32, self.width)([0] * self.width)
+        )
+
+    def call(self, name: str, *values: Any) -> Any:
+        """One of LLVM's own functions of vectors."""
+        kind, full = ir.FunctionType(self.floats, [self.floats] * len(values)), f"llvm.{name}.v{self.width}f32"
+        function = self.b.module.globals.get(full) or ir.Function(self.b.module, kind, full)
+        return self.b.call(function, values)
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """a·b + c, fused where the machine can."""
+        return self.call("fmuladd", a, b, c)
+
+    def magnitude(self, a: Any) -> Any:
+        """|a|."""
+        return self.call("fabs", a)
+
+    def polynomial(self, coefficients: Sequence[float], x: Any) -> Any:
+        """Σ coefficients[k] x^k, from the highest power down."""
+        p = self.spread(coefficients[-1])
+        for c in coefficients[-2::-1]:
+            p = self.fma(p, x, self.spread(c))
+        return p
+
+    def largest(self, a: Any, b: Any) -> Any:
+        """The larger in each lane; b where either is NaN."""
+        return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
+
+    def exp2(self, y: Any) -> Any:
+        """2^y within 3u relative for −126.5 < y < 127, 0 below; NaN stays NaN."""
+        b, magic = self.b, self.spread(MAGIC)
+        y = self.largest(self.spread(-127.0), y)
+        shifted = b.fadd(y, magic)
+        f = b.fsub(y, b.fsub(shifted, magic))
+        power = b.shl(b.bitcast(shifted, self.integers), self.integers([23] * self.width))
+        return b.fmul(self.polynomial((1.0, *EXP2), f), b.bitcast(power, self.floats))
+
+    def tanh(self, x: Any) -> Any:
+        """Tanh x within 4u relative: x + x³ t(x²) to 1, from there 1 − 2 / (e^2|x| + 1); NaN stays NaN."""
+        b, one, square = self.b, self.spread(1.0), self.b.fmul(x, x)
+        near = self.fma(b.fmul(square, x), self.polynomial(TANH, square), x)
+        size = self.magnitude(x)
+        power = self.exp2(
+            b.fmul(
+                b.select(b.fcmp_ordered("<", size, self.spread(20.0)), size, self.spread(20.0)), self.spread(TWO_LOG2E)
+            )
+        )
+        far = self.call("copysign", b.fsub(one, b.fdiv(self.spread(2.0), b.fadd(power, one))), x)
+        return b.select(b.fcmp_ordered(">", size, one), far, near)
+
+    def transposed(self, rows: list[Any]) -> list[Any]:
+        """The square of `width` vectors with rows and columns exchanged, by halves of halves."""
+        step = 1
+        while step < self.width:
+            low = [c if not c & step else self.width + c - step for c in range(self.width)]
+            high = [c + step if not c & step else self.width + c for c in range(self.width)]
+            changed = list(rows)
+            for i in range(self.width):
+                if not i & step:
+                    a, c = rows[i], rows[i + step]
+                    changed[i], changed[i + step] = self._mix(a, c, low), self._mix(a, c, high)
+            rows, step = changed, 2 * step
+        return rows
+
+    def _mix(self, a: Any, b: Any, lanes: list[int]) -> Any:
+        return self.b.shuffle_vector(a, b, ir.VectorType(I32, self.width)(lanes))
+
+    @contextmanager
+    def each(self, count: Any) -> Iterator[Any]:
+        """A loop over 0 to count."""
+        with cgutils.for_range(self.b, self.index(count)) as loop:
+            yield loop.index
+
+    def variables(self, start: Sequence[Any]) -> list[Any]:
+        """Places for values that a loop changes; LLVM turns them into registers."""
+        places = [cgutils.alloca_once(self.b, value.type) for value in start]  # type: ignore[no-untyped-call]
+        for place, value in zip(places, start, strict=True):
+            self.b.store(value, place)
+        return places
+
+    def in_blocks(self, count: Any, emit: Callable[[Any, int], None]) -> None:
+        """emit(start, size) for blocks that cover 0 to count: all of size `block`, and what is left over in one."""
+        b, block = self.b, self.index(self.block)
+        whole = b.sdiv(count, block)
+        with self.each(whole) as n:
+            emit(b.mul(n, block), self.block)
+        start = b.mul(whole, block)
+        end = b.append_basic_block("end")
+        choice = b.switch(b.sub(count, start), end)
+        for size in range(1, self.block):
+            case = b.append_basic_block(f"left.{size}")
+            choice.add_case(I64(size), case)
+            b.position_at_end(case)
+            emit(start, size)
+            b.branch(end)
+        b.position_at_end(end)
+
+
+def inline(emit: Callable[..., None]) -> Any:
+    """What kernels call: emit(lanes, ...) as a Numba function whose first argument is the literal shape of `Lanes`."""
+
+    def typed(typing: Any, *kinds: Any) -> Any:
+        if not isinstance(kinds[0], types.IntegerLiteral):
+            return None
+        plain = tuple(types.float32 if isinstance(kind, types.Float) else types.int64 for kind in kinds[1:])
+
+        def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            emit(Lanes(builder, kinds[0].literal_value), *values[1:])
+            return context.get_dummy_value()
+
+        return types.void(kinds[0], *plain), code
+
+    names = ["typing", "shape", *list(inspect.signature(emit).parameters)[1:]]
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    typed.__signature__ = inspect.Signature([inspect.Parameter(n, positional) for n in names])  # type: ignore[attr-defined]
+    typed.__name__, typed.__doc__ = emit.__name__, emit.__doc__
+    return intrinsic(prefer_literal=True)(typed)
+
+
+def _take(typing: Any, counter: Any) -> Any:
+    """The int64 at an address before one was added to it, all in one step: threads that share it get each task once."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.atomic_rmw("add", builder.inttoptr(values[0], I64.as_pointer()), I64(1), "monotonic")
+
+    return types.int64(types.int64), code
+
+
+take: Any = intrinsic(_take)

@@ -1,0 +1,172 @@
+"""What the fast kernels read and write, and the parts of their work that go number by number."""
+# ruff: noqa: PLR0917  Numba calls kernels by position
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refattn.engines.cpu._jit import jit
+from refattn.engines.cpu.tiles import BOTTOM
+
+Array = NDArray[Any]
+
+KEYS = 64  # of a tile
+LN2, LOG2E = math.log(2.0), 1 / math.log(2.0)
+
+
+class Arrays(NamedTuple):
+    """What a kernel reads and writes.
+
+    q, k, v, out flat, lse and redo (a row each) of the shapes `sizes` = (B, Hq, Hkv, Lq, Lk, D, Dv). q_length, k_length
+    (B,) int64; q_at, q_segment (1 or B,Lq), k_at, k_segment (1 or B,Lk) int32, none so large that a difference
+    overflows; k_ends, k_parts (1 or B, tiles, 2) int64 a tile's least and greatest position and segment. span: the
+    least and greatest visible difference. sign: of the scale; unit: its magnitude times log₂e. cap: 0 for none, else
+    the scale over it and it times log₂e.
+
+    Times log₂e: slopes (Hq,) and table (Hq, n), from the greatest difference down, its column `zero` for the difference
+    0, n = 0 for none, and if `evenly`, positions of queries and keys go up by one; sink (Hq,), `BOTTOM` for none.
+    biases: a stack as in `operands.Operands`, −∞ for masked.
+    """
+
+    sizes: tuple[int, int, int, int, int, int, int]
+    q: Array
+    k: Array
+    v: Array
+    out: Array
+    lse: Array
+    redo: Array
+    q_length: Array
+    k_length: Array
+    q_at: Array
+    k_at: Array
+    k_ends: Array
+    span: tuple[int, int]
+    q_segment: Array
+    k_segment: Array
+    k_parts: Array
+    sign: float
+    unit: float
+    cap: tuple[float, float]
+    sloping: bool
+    slopes: Array
+    table: Array
+    zero: int
+    evenly: bool
+    biases: Array
+    bias_strides: Array
+    sink: Array
+
+
+class Tile(NamedTuple):
+    """A tile's scratch: qᵀ (D,R), oᵀ (Dv,R), s and a bias (KEYS,R) flat, and a number for each of R rows.
+
+    top, total: running maximum and sum; factor: what the sum changes by; slope; place, segment int32.
+    """
+
+    q: Array
+    o: Array
+    s: Array
+    bias: Array
+    top: Array
+    total: Array
+    factor: Array
+    slope: Array
+    place: Array
+    segment: Array
+
+
+def scratch(rows: int, depth: int, width: int) -> Tile:
+    """Scratch of a thread, each part from a whole line of the cache on."""
+    sizes = [rows * n for n in (depth, width, KEYS, KEYS, 1, 1, 1, 1, 1, 1)]
+    starts = np.cumsum([0, *(-(-size // 16) * 16 for size in sizes)]).tolist()
+    memory = np.empty(starts[-1] + 16, np.float32)
+    memory = memory[-memory.ctypes.data // 4 % 16 :]
+    parts = [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    return Tile(*parts[:8], *(part.view(np.int32) for part in parts[8:]))
+
+
+@jit
+def lay(x: Arrays, tile: Tile, b: int, first: int, rows: int) -> tuple[int, int, int, int]:
+    """Begin the rows of a tile; the ends of the live ones' positions and segments, or an empty range."""
+    _, heads, _, lq, _, _, _ = x.sizes
+    least, greatest, low, high = 1 << 40, -(1 << 40), 1 << 40, -(1 << 40)
+    for r in range(tile.top.size):
+        row = first + min(r, rows - 1)
+        i, h = row % lq, row // lq % heads
+        tile.place[r] = at = x.q_at[b % x.q_at.shape[0], i]
+        tile.segment[r] = segment = x.q_segment[b % x.q_segment.shape[0], i]
+        if i < x.q_length[b]:
+            least, greatest = min(least, at), max(greatest, at)
+            low, high = min(low, segment), max(high, segment)
+        tile.slope[r] = x.slopes[h]
+        tile.top[r] = x.sink[h]
+        tile.total[r] = 0.0 if x.sink[h] == BOTTOM else 1.0
+    return least, greatest, low, high
+
+
+@jit
+def pack(x: Arrays, tile: Tile, first: int, rows: int, width: int) -> None:
+    """What `turn` leaves of qᵀ: rows and columns that fill no square of `width`; and the scale's sign."""
+    lanes, depth = tile.top.size, x.sizes[5]
+    squares, columns = rows // width * width, depth // width * width
+    for r in range(lanes):
+        for d in range(columns if r < squares else 0, depth):
+            tile.q[d * lanes + r] = x.q[(first + r) * depth + d] if r < rows else 0.0
+    if x.sign != 1.0:
+        for n in range(tile.q.size):
+            tile.q[n] *= np.float32(x.sign)
+
+
+@jit
+def lookup(x: Arrays, tile: Tile, b: int, first: int, rows: int, j: int, count: int) -> None:
+    """The table's logits of a tile, key by key."""
+    _, heads, _, lq, _, _, _ = x.sizes
+    lanes = tile.top.size
+    for r in range(rows):
+        h = (first + r) // lq % heads
+        for n in range(count):
+            tile.bias[n * lanes + r] = x.table[h, x.zero - (x.k_at[b % x.k_at.shape[0], j + n] - tile.place[r])]
+
+
+@jit
+def gather(x: Arrays, tile: Tile, m: int, b: int, first: int, rows: int, j: int, count: int, width: int) -> None:
+    """What `turn` leaves of the m-th bias of a tile; all of it where width is 0."""
+    _, heads, _, lq, _, _, _ = x.sizes
+    lanes, strides = tile.top.size, x.bias_strides[m]
+    squares, columns = (rows // width * width, count // width * width) if width else (0, 0)
+    for r in range(rows):
+        i, h = (first + r) % lq, (first + r) // lq % heads
+        start = strides[0] + b * strides[1] + h * strides[2] + i * strides[3] + j * strides[4]
+        for n in range(columns if r < squares else 0, count):
+            tile.bias[n * lanes + r] = x.biases[start + n * strides[4]]
+
+
+@jit
+def divide(tile: Tile) -> None:
+    """What each row is multiplied by in the end."""
+    for r in range(tile.top.size):
+        tile.factor[r] = 1.0 if tile.total[r] == 0.0 else 1.0 / tile.total[r]
+
+
+@jit
+def settle(x: Arrays, tile: Tile, b: int, first: int, rows: int, width: int) -> None:
+    """What `turn` leaves of out, lse, and which rows are to be made again; slope is NaN where out is not finite."""
+    _, heads, _, lq, _, _, size = x.sizes
+    lanes = tile.top.size
+    squares, columns = rows // width * width, size // width * width
+    for r in range(rows):
+        row, total, top = first + r, tile.total[r], tile.top[r]
+        for d in range(columns if r < squares else 0, size):
+            x.out[row * size + d] = tile.o[d * lanes + r]
+        if row % lq >= x.q_length[b]:
+            x.out[row * size : (row + 1) * size] = 0.0
+            top = x.sink[row // lq % heads]
+            total = np.float32(0.0 if top == BOTTOM else 1.0)
+            x.redo[row] = False
+        else:
+            x.redo[row] = total == 0.0 or not math.isfinite(total + tile.slope[r])
+        x.lse[row] = -np.inf if total == 0.0 else LN2 * (top + math.log2(total))

@@ -1,0 +1,247 @@
+"""The fast forward kernels: their functions densely, tile edges, what they leave to the slow ones, and their cache."""
+# ruff: noqa: PLR0917
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numba
+import numpy as np
+import pytest
+from checks import same
+
+import refattn as ra
+from refattn import api
+from refattn.bound import BoundSpace
+from refattn.engines import cpu
+from refattn.engines.cpu import _jit, fast, forward, pool, tiles, vectors, work
+from refattn.engines.cpu.vectors import Lanes, inline
+from refattn.profiles import FLOAT32
+
+WANT = ("out", "lse")
+UNIT = 2.0**-24
+
+
+@inline
+def exponential(x: Lanes, to, numbers, count):
+    with x.each(count) as n:
+        x.stores([x.exp2(a) for a in x.loads(x.at(numbers, (n, x.row)))], x.at(to, (n, x.row)))
+
+
+@inline
+def hyperbolic(x: Lanes, to, numbers, count):
+    with x.each(count) as n:
+        x.stores([x.tanh(a) for a in x.loads(x.at(numbers, (n, x.row)))], x.at(to, (n, x.row)))
+
+
+SHAPE = 4 << 16 | 1 << 8 | 1
+
+
+@numba.njit
+def run_exponential(to, numbers):
+    exponential(SHAPE, to.ctypes.data, numbers.ctypes.data, numbers.size // 4)
+
+
+@numba.njit
+def run_hyperbolic(to, numbers):
+    hyperbolic(SHAPE, to.ctypes.data, numbers.ctypes.data, numbers.size // 4)
+
+
+def of(run, numbers):
+    numbers = np.resize(np.asarray(numbers, np.float32), -(-np.size(numbers) // 4) * 4)
+    found = np.full_like(numbers, np.nan)
+    run(found, numbers)
+    return numbers.astype(np.float64), found.astype(np.float64)
+
+
+def floats(first, last, step=1):
+    """Every step-th float32 of one sign from first to last, by magnitude."""
+    ends = np.array([first, last], np.float32).view(np.int32)
+    return np.arange(ends[0], ends[1] + 1, step, dtype=np.int32).view(np.float32)
+
+
+def test_exp2_is_within_three_roundoffs():
+    """Every float32 from ½ to 2, so every fraction that the polynomial sees at that size; the others thinned out."""
+    numbers = np.concatenate(
+        [-floats(2.0**-40, 126.0, 97), floats(2.0**-40, 126.0, 97), -floats(0.5, 2.0), floats(0.0, 2.0**-126, 1009)]
+    )
+    numbers, found = of(run_exponential, numbers)
+    assert (np.abs(found / np.exp2(numbers) - 1) <= 3 * UNIT).all()
+
+
+def test_exp2_at_its_ends():
+    ends = [0.0, -0.0, -126.5001, -127.0, -1e4, -3e38, -np.inf, np.nan]
+    _, found = of(run_exponential, ends)
+    same(found, np.array([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, np.nan]))
+
+
+def test_tanh_is_within_four_roundoffs():
+    sizes = np.concatenate([floats(2.0**-60, 3e38, 997), floats(0.5, 4.0, 5)])
+    numbers, found = of(run_hyperbolic, np.concatenate([sizes, -sizes]))
+    assert (np.abs(found / np.tanh(numbers) - 1) <= 4 * UNIT).all()
+    _, found = of(run_hyperbolic, [0.0, np.inf, -np.inf, np.nan])
+    same(found, np.array([0.0, 1.0, -1.0, np.nan]))
+
+
+def within(spec, inputs, alone=True):
+    """Out and lse lie inside the published bound, and no row is made twice."""
+    checked = api.build(spec, inputs, None, WANT)
+    found = cpu.run(checked)
+    if alone:
+        plan = checked.score
+        assert fast.takes(plan)
+        q, k, v = (np.ascontiguousarray(leaf, np.float32) for leaf in (plan.q, plan.k, plan.v))
+        assert not fast.run(plan, q, k, v)[2].any()
+    expected = checked.evaluate(BoundSpace(FLOAT32).real)
+    for n in WANT:
+        live = ~np.isneginf(expected[n].x)
+        same(np.isneginf(found[n]), ~live)
+        assert (np.abs(found[n][live] - expected[n].x[live]) <= expected[n].e[live]).all(), n
+    return found
+
+
+def qkv(rng, batch, heads, groups, lq, lk, depth, width):
+    shapes = {"q": (batch, heads, lq, depth), "k": (batch, groups, lk, depth), "v": (batch, groups, lk, width)}
+    return {n: rng.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()}
+
+
+EDGES = (1, 15, 16, 17, 63, 64, 65, 127, 128, 129)
+
+
+@pytest.mark.parametrize("lq", EDGES)
+def test_edges_of_tiles(lq, rng):
+    for lk in EDGES:
+        within(ra.SDPA(), qkv(rng, 1, 1, 1, lq, lk, 8, 8))
+        if lk >= lq:
+            within(ra.SDPA(causal="bottom_right", window=(70, None)), qkv(rng, 1, 1, 1, lq, lk, 8, 8))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 15, 16, 17, 31, 33, 65])
+def test_widths_that_fill_no_vector(depth, rng):
+    for width in (1, 5, 6, 7, 12, 13, 32, 47):
+        within(ra.SDPA(causal="top_left"), qkv(rng, 2, 2, 1, 20, 70, depth, width))
+
+
+@pytest.mark.parametrize(("heads", "groups", "lq"), [(8, 1, 1), (8, 2, 3), (6, 2, 40), (4, 1, 63), (6, 3, 70)])
+def test_heads_that_share_keys(heads, groups, lq, rng):
+    inputs = qkv(rng, 2, heads, groups, lq, 150, 16, 16)
+    within(ra.SDPA(causal="bottom_right"), inputs)
+    within(ra.SDPA(causal="bottom_right", bias=ra.ALiBi()), inputs)
+    table = {"t5_table": rng.standard_normal((32, heads)).astype(np.float32)}
+    within(ra.SDPA(bias=ra.T5()), inputs | table)
+    within(ra.SDPA(), inputs | {"sink": np.ones(heads, np.float32)})
+
+
+OPTIONS = {
+    "slopes": (ra.SDPA(bias=ra.ALiBi()), ()),
+    "table": (ra.SDPA(bias=ra.T5()), ("t5_table",)),
+    "dense": (ra.SDPA(causal="top_left"), ("bias",)),
+    "of a key": (ra.SDPA(), ("key bias",)),
+    "of a row": (ra.SDPA(), ("row bias",)),
+    "mask": (ra.SDPA(), ("mask",)),
+    "segments": (ra.SDPA(causal="top_left"), ("q_segment_ids", "k_segment_ids")),
+    "softcap": (ra.SDPA(softcap=2.5), ()),
+    "negative scale": (ra.SDPA(scale=-0.75, softcap=1.5), ()),
+    "scale 0": (ra.SDPA(scale=0.0), ("bias",)),
+    "all": (
+        ra.SDPA(causal="top_left", window=(100, None), softcap=5.0, bias=(ra.ALiBi(), ra.T5())),
+        ("t5_table", "bias", "mask", "sink", "q_segment_ids", "k_segment_ids"),
+    ),
+}
+
+
+def extras(rng, heads, lq, lk):
+    """What the options read; every row sees its own key."""
+    mask = rng.random((lq, lk)) < 0.5
+    mask[np.arange(lq), np.arange(lq)] = True
+    real = {
+        "t5_table": rng.standard_normal((32, heads)),
+        "bias": np.where(mask, rng.standard_normal((heads, lq, lk)), -np.inf),
+        "key bias": rng.standard_normal((heads, 1, lk)),
+        "row bias": rng.standard_normal((lq, 1)),
+        "sink": rng.standard_normal(heads),
+    }
+    ids = np.arange(lk) // 40
+    whole = {"mask": mask, "q_segment_ids": ids[:lq], "k_segment_ids": ids}
+    return {n: a.astype(np.float32) for n, a in real.items()} | whole
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(("lq", "lk"), [(130, 130), (37, 70)])
+def test_each_option_over_several_tiles(name, lq, lk, rng):
+    spec, names = OPTIONS[name]
+    given = extras(rng, 2, lq, lk)
+    chosen = {n if " bias" not in n else "bias": given[n] for n in names}
+    within(spec, qkv(rng, 2, 2, 1, lq, lk, 16, 8) | chosen)
+
+
+def test_lengths_at_the_edges_of_tiles(rng):
+    lengths = np.array([0, 1, 63, 64, 65, 127, 128])
+    inputs = qkv(rng, 7, 2, 1, 128, 128, 8, 8)
+    found = within(ra.SDPA(), inputs | {"kv_lengths": lengths[::-1].copy(), "q_lengths": lengths}, alone=False)
+    for b, length in enumerate(lengths):
+        assert not found["out"][b, :, length:].any()
+        assert np.isneginf(found["lse"][b, :, length:]).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
+def test_rows_of_doubt_are_made_again(bad, rng):
+    inputs = qkv(rng, 1, 2, 2, 80, 80, 16, 16)
+    clean = cpu.run(api.build(ra.SDPA(causal="top_left"), inputs, None, WANT))
+    for n in "qkv":
+        dirty = {m: a.copy() for m, a in inputs.items()}
+        dirty[n][0, 0, 70, 3] = bad
+        found = cpu.run(api.build(ra.SDPA(causal="top_left"), dirty, None, WANT))
+        reached = slice(70, 71) if n == "q" else slice(70, 80)
+        if not np.isfinite(bad):
+            assert np.isnan(found["out"][0, 0, reached]).any(1).all()
+            assert not np.isnan(found["out"][0, 1]).any()
+        same(found["out"][0, :, :70], clean["out"][0, :, :70])
+        same(found["lse"][0, :, :70], clean["lse"][0, :, :70])
+
+
+def test_threads_share_out_tasks_and_change_no_bit(rng, monkeypatch):
+    monkeypatch.setattr(pool, "_SMALL", 0)
+    inputs = qkv(rng, 2, 4, 2, 200, 300, 24, 40)
+    found = []
+    for threads, _ in itertools.product(("1", "2", "3"), range(3)):
+        monkeypatch.setenv(pool.VARIABLE, threads)
+        found.append(cpu.run(api.build(ra.SDPA(causal="bottom_right"), inputs, None, WANT)))
+    for other, n in itertools.product(found[1:], WANT):
+        same(other[n], found[0][n])
+
+
+@pytest.mark.parametrize("cpu_name", ["haswell", "x86-64"])
+def test_shorter_vectors_give_results_within_the_bound(cpu_name, tmp_path):
+    if not vectors_of_x86():
+        pytest.skip("the processor is no x86-64")
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import numpy as np, refattn as ra, test_fast_kernels as t\n"
+        "rng = np.random.default_rng(0)\n"
+        "t.within(ra.SDPA(causal='top_left', softcap=3.0), t.qkv(rng, 1, 2, 1, 50, 70, 17, 9))\n"
+        "t.within(ra.SDPA(), t.qkv(rng, 1, 2, 1, 2, 70, 17, 9))\n"
+        "print(t.forward.shape_for(1, 50).width)"
+    )
+    environment = os.environ | {"NUMBA_CPU_NAME": cpu_name, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == {"haswell": "8\n", "x86-64": "4\n"}[cpu_name]
+
+
+def vectors_of_x86():
+    return os.uname().machine == "x86_64" if hasattr(os, "uname") else False
+
+
+def test_an_edited_file_is_another_stamp(tmp_path):
+    first, second = tmp_path / "a.py", tmp_path / "b.py"
+    first.write_text("x = 1")
+    second.write_text("x = 2")
+    a, b = SimpleNamespace(__file__=str(first)), SimpleNamespace(__file__=str(second))
+    assert len({_jit.stamp(a), _jit.stamp(b), _jit.stamp(a, b), _jit.stamp()}) == 4
+    assert _jit.stamp(a) == _jit.stamp(a)
+    kernel = forward.kernel(forward.shape_for(1, 1))
+    assert _jit.stamp(tiles, vectors, work) in {cell.cell_contents for cell in kernel.py_func.__closure__}
