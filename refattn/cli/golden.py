@@ -185,3 +185,5 @@ def _row(table: Table, group: str, tallies: list[Tally]) -> None:
         group, str(len(tallies)), f"{sum(t.elements for t in tallies):,}", *(f"{n:,}" for n in status.values()),
         f"{worst:.3f}", f"{sum(t.size for t in tallies):,}",
     )  # fmt: skip
+
+
