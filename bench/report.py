@@ -114,6 +114,9 @@ def _summary(done: Sequence[tuple[Cell, Kept]]) -> str:
         if found:
             mean, (low, where) = geometric_mean([r for r, _ in found]), min(found, key=lambda f: f[0])
             lines.append(f"| {kind} | {len(found)} | {mean:.2f} | {low:.2f} ({where.name}) |")
+    absent = [cell.name for cell, kept in done if not kept["interleaved"].get(peers.OWN)]
+    if absent:
+        lines += ["", f"Without a figure of refattn's, and so in no mean: {'; '.join(absent)}."]
     return "\n".join([*lines, ""])
 
 

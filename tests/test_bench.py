@@ -226,3 +226,5 @@ def test_the_page_has_errors_goals_reasons_and_says_when_it_was_noisy():
     assert "Provisional" not in page
     noisy = report.page([cell], {cell.name: kept | {"load": 2.0}}, {}, "make bench")
     assert "Provisional" in noisy
+    without = samples(cell, {"torch_sdpa": [0.003]}, {"refattn": "one call takes more than 20 s"})
+    assert f"in no mean: {cell.name}." in report.page([cell], {cell.name: without}, {}, "make bench")
