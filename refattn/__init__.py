@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from refattn import draws, errors
-from refattn.api import attention, evaluate, explain, init_state, load_state, step, vjp
+from refattn.api import attention, evaluate, explain, vjp
 from refattn.registry import class_named, spec, variants
 from refattn.state import State
+from refattn.streaming import init_state, load_state, step
 
 if TYPE_CHECKING:
     from refattn.variants.alibi import ALiBi as ALiBi
