@@ -102,7 +102,6 @@ _SHAPES: Mapping[str, Flag] = {
     "float64": _flag("Double precision, stored rounded to nearest as well."),
 }
 
-
 @cache
 def known() -> Mapping[str, Flag]:
     """Every flag by name: those of all variants, and each variant's own."""

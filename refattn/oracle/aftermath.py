@@ -90,7 +90,6 @@ def gradients(f: Failure) -> Iterator[Alternative]:
     for name in ("dq", "dk"):
         if name in f.results:
             for factor, word in ((1 / spec.scale, "lacks the scale"), (spec.scale, "has the scale twice")):
-
                 def times(problem: Problem, values: Values, name: str = name, factor: float = factor) -> Values:
                     return values | {name: values[name] * factor}
 
