@@ -286,7 +286,9 @@ def _rounded(outputs: Outputs, problem: Problem, state_dtype: Any = None) -> Out
             # The caches of a float64 stream are not touched, so not copied.
             if dtype == array.dtype:
                 return array
-        return array.astype(np.int64) if name in integers else round_to(array, dtype)
+        if array.dtype == np.float32 == dtype and np.isfinite(array).all():
+            return array
+        return array.astype(np.int64) if name in integers else round_to(array.astype(np.float64, copy=False), dtype)
 
     return Outputs({n: rounded(n, a) for n, a in outputs.items()}, outputs.status)
 

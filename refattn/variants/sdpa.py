@@ -267,3 +267,4 @@ def _module(term: Spec) -> Any:
     import sys
 
     return sys.modules[type(term).__module__]
+

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu import fast, score
+from refattn.engines.cpu import fast, score, unread, work
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.errors import ShapeError, Unsupported
@@ -27,9 +27,10 @@ def refuses(problem: Problem) -> str | None:
     """A sentence for a variant that does not lower to a Score plan, or None."""
     if problem.unplanned is not None:
         return problem.unplanned
-    if not isinstance(problem.plan, Score):
-        return f"the cpu engine runs Score plans, and {problem.spec.variant} lowers to {type(problem.plan).__name__}"
-    if problem.plan.relative or problem.plan.v_table:
+    plan = unread.plan(problem) or problem.plan
+    if not isinstance(plan, Score):
+        return f"the cpu engine runs Score plans, and {problem.spec.variant} lowers to {type(plan).__name__}"
+    if plan.relative or plan.v_table:
         return "the cpu engine has no kernel yet for vectors by relative position"
     others = [output for output in problem.want if output not in ("out", "lse")]
     if others:
@@ -38,8 +39,8 @@ def refuses(problem: Problem) -> str | None:
 
 
 def run(problem: Problem) -> Outputs:
-    """Out (B,Hq,Lq,Dv) and lse (B,Hq,Lq) as float64 arrays, computed in float32 or float64."""
-    return Outputs(_outputs(problem.score, _kind(problem)))
+    """Out (B,Hq,Lq,Dv) and lse (B,Hq,Lq), computed in float32 or float64."""
+    return Outputs(_outputs(unread.plan(problem) or problem.score, _kind(problem)))
 
 
 def vjp(
@@ -63,7 +64,7 @@ def vjp(
     taped: Any = problem.lowered(x | inputs)
     plan = map_leaves(taped, lambda leaf: getattr(leaf, "value", leaf))
     operands = prepare(plan, _kind(problem))
-    found = _saved(outputs or {}, operands) or _outputs(plan, _kind(problem))
+    found = _saved(outputs or {}, operands) or _wide(_outputs(plan, _kind(problem)))
     wanted = {n: leaf for n, leaf in leaves(taped).items() if isinstance(leaf, Variable)}
     dout, dlse = (_cotangent(cotangents.get(n), found[n], operands) for n in ("out", "lse"))
     gradients = _backward(plan, operands, dout, dlse, set(wanted))
@@ -75,12 +76,12 @@ def _kind(problem: Problem) -> type[np.floating[Any]]:
     return np.float64 if problem.dtype == np.float64 else np.float32
 
 
-def _outputs(plan: Score, kind: type[np.floating[Any]]) -> dict[str, Floats]:
+def _outputs(plan: Score, kind: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
     """Out and lse by the fast kernel where it can, its rows of doubt and all other plans row by row."""
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(plan, kind))
     q, k, v = (converted(leaf, kind) for leaf in (plan.q, plan.k, plan.v))
-    q, k = rows(q), rows(k)
+    q, k = (a if work.finite(a.reshape(-1)) else rows(a) for a in (q, k))
     out, lse, redo = fast.run(plan, q, k, v)
     if redo.any():
         again, finite = prepare(plan, kind), np.isfinite(v)
@@ -91,7 +92,7 @@ def _outputs(plan: Score, kind: type[np.floating[Any]]) -> dict[str, Floats]:
             score.see(again, bad, redo)
         for row in np.flatnonzero(redo).tolist():
             score.forward(again, out, lse, row, row + 1)
-    return {"out": out.astype(np.float64), "lse": lse.astype(np.float64)}
+    return {"out": out, "lse": lse}
 
 
 def _forward(x: Operands) -> dict[str, Floats]:
@@ -99,7 +100,11 @@ def _forward(x: Operands) -> dict[str, Floats]:
     out = np.empty((batch, heads, lq, x.v.shape[3]), x.q.dtype)
     lse = np.empty((batch, heads, lq), x.q.dtype)
     spread(score.forward, (x, out, lse), lse.size, _work(x))
-    return {"out": out.astype(np.float64), "lse": lse.astype(np.float64)}
+    return {"out": out, "lse": lse}
+
+
+def _wide(outputs: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
+    return {n: a.astype(np.float64) for n, a in outputs.items()}
 
 
 def _saved(outputs: Mapping[str, Any], x: Operands) -> dict[str, Floats] | None:

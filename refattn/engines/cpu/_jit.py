@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, cast
@@ -36,6 +37,7 @@ def stamp(*modules: ModuleType) -> int:
     return found
 
 
+@cache
 def lanes() -> int:
     """Float32 numbers in one vector register of the processor that is compiled for."""
     named = getattr(numba.config, "CPU_NAME", None)

@@ -47,8 +47,12 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
     redo, counter = np.empty(q.shape[:3], np.bool_), np.zeros(1, np.int64)
     low, high = (min(max(end, -4 * _FARTHEST), 4 * _FARTHEST - 1) for end in span(plan))
     q_at, k_at = _each(plan.positions[0], lq), _each(plan.positions[1], lk)
-    parts = (_NONE, _NONE) if plan.segments is None else plan.segments
-    q_segment, k_segment = _each(parts[0], lq), _each(parts[1], lk)
+    ends = _ends(k_at)
+    if plan.segments is None:
+        q_segment, k_segment, parts = np.zeros((1, lq), np.int32), _NO_SEGMENT, np.zeros((1, *ends.shape[1:]), np.int64)
+    else:
+        q_segment, k_segment = _each(plan.segments[0], lq), _each(plan.segments[1], lk)
+        parts = _ends(k_segment)
     q_length, k_length = plan.lengths or (np.full(batch, lq), np.full(batch, lk))
     slopes = [b.slopes for b in plan.bias if isinstance(b, Slope)]
     table, zero = _table(plan, heads)
@@ -68,11 +72,11 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
         k_length=np.array(k_length, np.int64),
         q_at=q_at,
         k_at=k_at,
-        k_ends=_ends(k_at),
+        k_ends=ends,
         span=(low, high),
         q_segment=q_segment,
         k_segment=k_segment,
-        k_parts=_ends(k_segment),
+        k_parts=parts,
         sign=float(np.sign(plan.scale)),
         unit=abs(plan.scale) * LOG2E or 1.0,
         cap=(0.0, 0.0) if plan.softcap is None else ((abs(plan.scale) or 1.0) / plan.softcap, plan.softcap * LOG2E),
@@ -92,7 +96,7 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
     return out, lse, redo
 
 
-_NONE = np.zeros((1, 1), np.int64)
+_NO_SEGMENT = np.zeros((1, 1), np.int32)  # never read, for there is one segment
 
 
 def _each(integers: Array, length: int) -> Array:
@@ -103,8 +107,10 @@ def _each(integers: Array, length: int) -> Array:
 def _ends(integers: Array) -> Array:
     """Least and greatest of each tile of keys, (1 or B, tiles, 2)."""
     starts = np.arange(0, integers.shape[1], KEYS)
-    ends = [extreme.reduceat(integers, starts, axis=1) for extreme in (np.minimum, np.maximum)]
-    return np.stack(ends, axis=2).astype(np.int64)
+    ends = np.empty((integers.shape[0], starts.size, 2), np.int64)
+    np.minimum.reduceat(integers, starts, axis=1, out=ends[..., 0])
+    np.maximum.reduceat(integers, starts, axis=1, out=ends[..., 1])
+    return ends
 
 
 def _in_base_2(numbers: Array) -> Array:

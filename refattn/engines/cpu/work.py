@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,11 +83,20 @@ class Tile(NamedTuple):
 def scratch(rows: int, depth: int, width: int) -> Tile:
     """Scratch of a thread, each part from a whole line of the cache on."""
     sizes = [rows * n for n in (depth, width, KEYS, KEYS, 1, 1, 1, 1, 1, 1)]
-    starts = np.cumsum([0, *(-(-size // 16) * 16 for size in sizes)]).tolist()
+    starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
     memory = np.empty(starts[-1] + 16, np.float32)
-    memory = memory[-memory.ctypes.data // 4 % 16 :]
-    parts = [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    skipped = -memory.ctypes.data // 4 % 16
+    parts = [memory[skipped + start : skipped + start + size] for start, size in zip(starts, sizes, strict=False)]
     return Tile(*parts[:8], *(part.view(np.int32) for part in parts[8:]))
+
+
+@jit
+def finite(numbers: Array) -> bool:
+    """Whether all of a flat float32 array are: as integers without the sign, infinity and NaN are the greatest."""
+    greatest = np.int32(0)
+    for bits in numbers.view(np.int32):
+        greatest = max(greatest, bits & np.int32(0x7FFFFFFF))
+    return bool(greatest < np.int32(0x7F800000))
 
 
 @jit
