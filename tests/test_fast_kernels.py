@@ -5,6 +5,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import refattn as ra
 from refattn import api
 from refattn.bound import BoundSpace
 from refattn.engines import cpu
-from refattn.engines.cpu import _jit, fast, forward, pool, tiles, vectors, work
+from refattn.engines.cpu import _jit, fast, forward, pool, tiles, unread, vectors, work
 from refattn.engines.cpu.vectors import Lanes, inline
 from refattn.profiles import FLOAT32
 
@@ -245,3 +246,40 @@ def test_an_edited_file_is_another_stamp(tmp_path):
     assert _jit.stamp(a) == _jit.stamp(a)
     kernel = forward.kernel(forward.shape_for(1, 1))
     assert _jit.stamp(tiles, vectors, work) in {cell.cell_contents for cell in kernel.py_func.__closure__}
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_finite_finds_one_number_among_many(bad, rng):
+    numbers = rng.standard_normal(1000).astype(np.float32)
+    numbers[500] = -np.finfo(np.float32).max
+    assert work.finite(numbers)
+    for place in (0, 501, 999):
+        changed = numbers.copy()
+        changed[place] = bad
+        assert not work.finite(changed)
+
+
+def test_q_k_and_v_enter_the_plan_as_they_are(rng):
+    inputs = qkv(rng, 1, 2, 1, 5, 7, 8, 8) | {"bias": rng.standard_normal((5, 7)).astype(np.float32)}
+    problem = api.build(ra.SDPA(causal="top_left"), inputs, None, WANT)
+    plan = unread.plan(problem)
+    assert all(getattr(plan, n) is inputs[n] for n in "qkv")
+    same(plan.bias[0].values, inputs["bias"].astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    "lower",
+    [
+        lambda lower, spec, x: lower(spec, x | {"q": x["q"] * 2}),
+        lambda lower, spec, x: lower(spec, x | {"q": np.asarray(x["q"])}),
+        lambda lower, spec, x: lower(spec, x | {"bias": x["v"]}),
+        lambda lower, spec, x: lower(spec, x | {"k": x["k"][..., ::-1]}),
+        lambda lower, spec, x: lower(spec, x | {"k": np.zeros((1, 1, 7, 8))}),
+    ],
+)
+def test_a_lowering_that_reads_q_k_or_v_is_given_numbers(lower, rng):
+    problem = api.build(ra.SDPA(), qkv(rng, 1, 2, 1, 5, 7, 8, 8), None, WANT)
+    own = SimpleNamespace(lower=lambda spec, x: lower(problem.variant.lower, spec, x))
+    assert unread.plan(replace(problem, variant=problem.variant)) is not None
+    changed = SimpleNamespace(**{n: getattr(problem, n) for n in ("spec", "inputs", "real_inputs")}, variant=own)
+    assert unread.plan(changed) is None

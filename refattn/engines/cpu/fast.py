@@ -101,7 +101,9 @@ _NO_SEGMENT = np.zeros((1, 1), np.int32)  # never read, for there is one segment
 
 def _each(integers: Array, length: int) -> Array:
     """One int32 for each row or key: (1 or B, length)."""
-    return np.array(np.broadcast_to(integers, (integers.shape[0], length)), np.int32, order="C")
+    if integers.shape[1] != length:
+        integers = np.broadcast_to(integers, (integers.shape[0], length))
+    return np.array(integers, np.int32, order="C")
 
 
 def _ends(integers: Array) -> Array:

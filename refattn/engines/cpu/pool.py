@@ -34,10 +34,15 @@ def threads() -> int:
     """
     given = os.environ.get(VARIABLE)
     if given is None:
-        return os.cpu_count() or 1
+        return _processors()
     if not given.isdecimal() or int(given) < 1:
         raise SpecError(f"{VARIABLE} is a positive integer; given: {given!r}")
     return int(given)
+
+
+@cache
+def _processors() -> int:
+    return os.cpu_count() or 1
 
 
 def spread(kernel: Callable[..., None], arguments: tuple[Any, ...], tasks: int, work: int) -> None:

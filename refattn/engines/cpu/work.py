@@ -93,10 +93,10 @@ def scratch(rows: int, depth: int, width: int) -> Tile:
 @jit
 def finite(numbers: Array) -> bool:
     """Whether all of a flat float32 array are: as integers without the sign, infinity and NaN are the greatest."""
-    greatest = np.int32(0)
-    for bits in numbers.view(np.int32):
-        greatest = max(greatest, bits & np.int32(0x7FFFFFFF))
-    return bool(greatest < np.int32(0x7F800000))
+    greatest = np.uint32(0)
+    for bits in numbers.view(np.uint32):
+        greatest = max(greatest, np.uint32(bits << np.uint32(1)))
+    return bool(greatest < np.uint32(0xFF000000))
 
 
 @jit
@@ -104,9 +104,13 @@ def lay(x: Arrays, tile: Tile, b: int, first: int, rows: int) -> tuple[int, int,
     """Begin the rows of a tile; the ends of the live ones' positions and segments, or an empty range."""
     _, heads, _, lq, _, _, _ = x.sizes
     least, greatest, low, high = 1 << 40, -(1 << 40), 1 << 40, -(1 << 40)
+    # Counted, for two divisions a row would cost as much as all else here.
+    i, h = first % lq - 1, first // lq % heads
     for r in range(tile.top.size):
-        row = first + min(r, rows - 1)
-        i, h = row % lq, row // lq % heads
+        if r < rows:
+            i += 1
+            if i == lq:
+                i, h = 0, h + 1
         tile.place[r] = at = x.q_at[b % x.q_at.shape[0], i]
         tile.segment[r] = segment = x.q_segment[b % x.q_segment.shape[0], i]
         if i < x.q_length[b]:
@@ -168,13 +172,17 @@ def settle(x: Arrays, tile: Tile, b: int, first: int, rows: int, width: int) -> 
     _, heads, _, lq, _, _, size = x.sizes
     lanes = tile.top.size
     squares, columns = rows // width * width, size // width * width
+    i, h = first % lq - 1, first // lq % heads
     for r in range(rows):
+        i += 1
+        if i == lq:
+            i, h = 0, h + 1
         row, total, top = first + r, tile.total[r], tile.top[r]
         for d in range(columns if r < squares else 0, size):
             x.out[row * size + d] = tile.o[d * lanes + r]
-        if row % lq >= x.q_length[b]:
+        if i >= x.q_length[b]:
             x.out[row * size : (row + 1) * size] = 0.0
-            top = x.sink[row // lq % heads]
+            top = x.sink[h]
             total = np.float32(0.0 if top == BOTTOM else 1.0)
             x.redo[row] = False
         else:
