@@ -23,8 +23,8 @@ biases as arrays, and other layouts are made beforehand, untimed. Batch 1, N(0,1
 
 A field is the median in milliseconds, then the greatest error against float64 NumPy, in units u·max|exact|, where u is
 2⁻²⁴, 2⁻⁸ and 2⁻¹¹ for f32, bf16 and f16. **Ratio** is the fastest peer's median over refattn's: above 1, refattn is the
-faster. **Peak** is refattn's share of the multiply-adds that the same machine does on registers alone, measured in the
-same turns; masked pairs count as no work. For decode it is the share of the speed at which k and v can be read.
+faster. **Peak** is refattn's share of the most multiply-adds that the same machine did on registers alone in its turns
+between the others; masked pairs count as no work. For decode it is the share of the speed at which k and v can be read.
 """
 
 
@@ -48,8 +48,8 @@ def share(cell: Cell, kept: Kept) -> float | None:
 
 
 def peak(kept: Kept) -> float:
-    """Operations or bytes a second of the machine itself."""
-    return float(kept["amounts"]["peak"] / spread(kept["interleaved"][peers.PEAK]).median)
+    """The most operations or bytes a second that the machine itself did in its turns: a limit is not a median."""
+    return float(kept["amounts"]["peak"] / spread(kept["interleaved"][peers.PEAK]).least)
 
 
 def page(cells: Sequence[Cell], results: Mapping[str, Kept], machine: Mapping[str, str], command: str) -> str:
