@@ -83,9 +83,18 @@ def _engine(engine: str, given: dict[str, Any], duals: dict[str, Any]) -> dict[s
     if "alibi_slopes" in given:
         given["slopes"] = given.pop("alibi_slopes")
         options["bias"] = (registry.spec("alibi", slopes="learned"),)
+    if "rotary" in given:
+        options["rotary"] = registry.spec(**_named(given.pop("rotary")))
+    if "content" in given:
+        options["content"] = tuple(registry.spec(**_named(term)) for term in given.pop("content"))
     spec = registry.spec("sdpa", **options)
     results = dict(api.evaluate(spec, given, engine=engine, want=("out", "lse")))
     duals = {name: dual for name, dual in duals.items() if dual is not None}
     if duals:
         results |= api.vjp(spec, given, duals, engine=engine)
     return results
+
+
+def _named(term: Mapping[str, Any]) -> dict[str, Any]:
+    """A term's plain data as the arguments of `registry.spec`."""
+    return {"name" if field == "variant" else field: value for field, value in term.items()}

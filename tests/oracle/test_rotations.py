@@ -50,3 +50,11 @@ def test_a_mistake_is_named(mistake, cases, named, folder):
     assert report.failures
     assert report.mistakes == (named,), report.findings
     assert np.all([line.words for line in report.failures])
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+def test_refattn_s_own_engines_take_terms_as_plain_data(engine):
+    assert ra.validate(f"refattn:{engine}", cases="rope/[hi]*").ok
+    report = ra.validate(f"refattn:{engine}", cases="shaw/[ck]*")
+    assert not report.failures
+    assert bool(report.unsupported) == (engine == "cpu")
