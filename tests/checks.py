@@ -3,6 +3,7 @@
 import numpy as np
 
 import refattn as ra
+from refattn import api
 
 
 def near(found, expected, relative=1e-12):
@@ -35,3 +36,14 @@ def forward_and_gradients(spec, inputs, dout, dlse=None, engine="reference"):
     weights = {"out": dout} if dlse is None else {"out": dout, "lse": dlse}
     outputs = ra.evaluate(spec, inputs, want=("out", "lse"), engine=engine)
     return dict(outputs) | dict(ra.vjp(spec, inputs, weights, engine=engine))
+
+
+def slopes_by_complex_step(spec, x, duals, rng):
+    """⟨w, J u⟩ by f(x + ihu) = f + ihJu, for each input u alone, is ⟨Jᵀw, u⟩ by the tape."""
+    problem = api.build(spec, x, "float64", ("out",))
+    gradients = ra.vjp(spec, x, duals)
+    for name in problem.real_inputs():
+        u = rng.standard_normal(x[name].shape)
+        moved = problem.text(x | {name: x[name] + 1e-30j * u})
+        forward = sum((moved[n].imag / 1e-30 * w).sum() for n, w in duals.items())
+        near((gradients[f"d{name}"] * u).sum(), forward, 1e-11)

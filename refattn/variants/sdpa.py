@@ -89,23 +89,28 @@ def _check_window(window: Any) -> None:
         raise SpecError(f"window counts keys to the left and right, so neither may be negative; given: {window!r}")
 
 
+_PAIRS = "B Hq Lq Lk"
+_ARRAYS = {
+    "q": Array("B Hq Lq D"),
+    "k": Array("B Hkv Lk D"),
+    "v": Array("B Hkv Lk Dv"),
+    "bias": Array(_PAIRS, optional=True, broadcast=True),
+    "mask": Array(_PAIRS, "bool", "choice", optional=True, broadcast=True),
+    "sink": Array("Hq", role="learned", optional=True),
+    "q_lengths": Array("B", "int", "choice", "lengths:Lq", optional=True),
+    "kv_lengths": Array("B", "int", "choice", "lengths:Lk", optional=True),
+    "q_positions": Array("B Lq", "int", "choice", "positions", optional=True, broadcast=True),
+    "k_positions": Array("B Lk", "int", "choice", "positions", optional=True, broadcast=True),
+    "q_segment_ids": Array("B Lq", "int", "choice", "segments", optional=True, broadcast=True),
+    "k_segment_ids": Array("B Lk", "int", "choice", "segments", optional=True, broadcast=True),
+}
+
+
 def signature(spec: SDPA) -> dict[str, Array]:
     """q, k, v and what the options add."""
-    arrays = {"q": Array("B Hq Lq D"), "k": Array("B Hkv Lk D"), "v": Array("B Hkv Lk Dv")}
-    pairs = "B Hq Lq Lk"
-    arrays |= {
-        "bias": Array(pairs, optional=True, broadcast=True),
-        "mask": Array(pairs, "bool", "choice", optional=True, broadcast=True),
-        "sink": Array("Hq", role="learned", optional=True),
-        "q_lengths": Array("B", "int", "choice", "lengths:Lq", optional=True),
-        "kv_lengths": Array("B", "int", "choice", "lengths:Lk", optional=True),
-        "q_positions": Array("B Lq", "int", "choice", "positions", optional=True, broadcast=True),
-        "k_positions": Array("B Lk", "int", "choice", "positions", optional=True, broadcast=True),
-        "q_segment_ids": Array("B Lq", "int", "choice", "segments", optional=True, broadcast=True),
-        "k_segment_ids": Array("B Lk", "int", "choice", "segments", optional=True, broadcast=True),
-    }
+    arrays = dict(_ARRAYS)
     if spec.keep_probability is not None:
-        arrays["keep"] = Array(pairs, "bool", "choice", broadcast=True)
+        arrays["keep"] = Array(_PAIRS, "bool", "choice", broadcast=True)
     for term in spec.terms:
         own = _module(term).signature(term)
         other = next((name for name in own if arrays.get(name, own[name]) != own[name]), None)

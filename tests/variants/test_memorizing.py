@@ -1,11 +1,11 @@
 """Memorizing attention against numbers worked by hand, exact attention, its plan, and complex step."""
 
 import math
-from itertools import product
 
 import numpy as np
 import pytest
 from checks import near, same
+from memorizing_problems import EVERY, MODULE, SIZES, arrays, everything
 
 import refattn as ra
 from refattn import api
@@ -13,28 +13,6 @@ from refattn.errors import ShapeError, SpecError
 from refattn.golden import build
 from refattn.golden import inputs as recipes
 from refattn.plan import execute
-
-MODULE = ra.variants()["memorizing"].module
-SIZES = {"B": 2, "Hq": 4, "Hkv": 2, "L": 14, "D": 3, "Dv": 2}
-KINDS = {"plain": {}, "absolute": {"normalise": True}, "exponential": {"normalise": True, "temperature": "exponential"}}
-OPTIONS = {
-    f"{combine}-{selection}-{kind}-{'biased' if bias else 'unbiased'}": {
-        "segment": 4, "memory": 6, "top": 3, "combine": combine, "selection": selection, "bias": bias, **options,
-    }
-    for combine, selection, (kind, options), bias in product(
-        ("gated", "joint"), ("exact", "bucketed"), KINDS.items(), ((), (ra.T5(buckets=4, max_distance=6),))
-    )
-}  # fmt: skip
-EVERY = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-
-
-def arrays(spec, rng, **changed):
-    sizes = SIZES | changed
-    return {name: rng.standard_normal(a.shape(sizes)) for name, a in MODULE.signature(spec).items()}
-
-
-def everything(spec, x):
-    return ra.evaluate(spec, x, want=(*MODULE.outputs(spec), "state"))
 
 
 def line(*numbers):
