@@ -231,7 +231,7 @@ def mistakes(case: Case) -> Iterator[Mistake]:
     if spec.variant == "sdpa":
         yield from mistakes_of_sdpa(case, spec, arrays)
     else:
-        yield from (m for m in defaults_instead(case, spec, arrays) if (case.name, m[0]) not in INVISIBLE)
+        yield from defaults_instead(case, spec, arrays)
     if spec.variant == "axial":
         other = ("height",) if spec.axes != ("height",) else ("width",)
         yield "another axis", arrays, {"axes": other}
@@ -324,7 +324,7 @@ def test_every_option_that_a_case_sets_is_visible_in_out_or_lse() -> None:
             both = [n for n, array in published.expected.items() if n in found and found[n].shape == array.shape]
             if not any(wrong(found[n], published.expected[n], published.bound[n]) for n in both):
                 hidden.append((case.name, label))
-    assert hidden == []
+    assert sorted(hidden) == sorted(INVISIBLE)
 
 
 # Gradients: 0 is no answer, and the cotangent of lse counts
