@@ -10,7 +10,7 @@ from refattn.engines.cpu.forward import kernel, shape_for
 from refattn.engines.cpu.operands import differences, span, stacked, summed
 from refattn.engines.cpu.pool import together
 from refattn.engines.cpu.tiles import BOTTOM
-from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, scratch
+from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, Results, scratch, tiles_of
 from refattn.plan import Dense, Score, Slope, Table
 
 _FARTHEST = 1 << 29  # differences of positions stay well inside int32
@@ -40,11 +40,22 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
     q, k, v are the plan's in float32, C order, without infinities in q and k. What is not finite in v reaches all rows
     of a tile, masked or not: they are to be made again.
     """
-    batch, heads, lq, depth = q.shape
-    groups, lk, width = v.shape[1:]
-    share = heads // groups
+    x = arrays(plan, q, k, v)
+    batch, heads, groups, lq, lk, depth, width = x.sizes
     out, lse = np.empty((batch, heads, lq, width), np.float32), np.empty(q.shape[:3], np.float32)
     redo, counter = np.empty(q.shape[:3], np.bool_), np.zeros(1, np.int64)
+    results = Results(out.reshape(-1), lse.reshape(-1), redo.reshape(-1))
+    shape = shape_for(heads // groups, lq)
+    tasks = batch * groups * tiles_of(heads // groups, lq, shape.rows)
+    work = lse.size * lk * (depth + width)
+    together(kernel(shape), lambda: (x, results, scratch(shape.rows, depth, width), counter), tasks, work)
+    return out, lse, redo
+
+
+def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:
+    """What the kernels read of a plan whose q, k, v are these, as `run` takes them."""
+    batch, heads, lq, depth = q.shape
+    groups, lk, width = v.shape[1:]
     low, high = (min(max(end, -4 * _FARTHEST), 4 * _FARTHEST - 1) for end in span(plan))
     q_at, k_at = _each(plan.positions[0], lq), _each(plan.positions[1], lk)
     ends = _ends(k_at)
@@ -60,14 +71,11 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
     if plan.mask is not None:
         dense.append(np.where(plan.mask, np.float32(0), np.float32(-np.inf)))
     biases, bias_strides = stacked(dense, np.float32)
-    x = Arrays(
+    return Arrays(
         sizes=(batch, heads, groups, lq, lk, depth, width),
         q=q.reshape(-1),
         k=k.reshape(-1),
         v=v.reshape(-1),
-        out=out.reshape(-1),
-        lse=lse.reshape(-1),
-        redo=redo.reshape(-1),
         q_length=np.array(q_length, np.int64),
         k_length=np.array(k_length, np.int64),
         q_at=q_at,
@@ -89,11 +97,6 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
         bias_strides=bias_strides,
         sink=_in_base_2(np.full(heads, BOTTOM / LOG2E) if plan.sink is None else np.maximum(plan.sink, BOTTOM / LOG2E)),
     )
-    shape = shape_for(share, lq)
-    tasks = batch * groups * shape.tasks(share, lq)
-    work = lse.size * lk * (depth + width)
-    together(kernel(shape), lambda: (x, scratch(shape.rows, depth, width), counter), tasks, work)
-    return out, lse, redo
 
 
 _NO_SEGMENT = np.zeros((1, 1), np.int32)  # never read, for there is one segment

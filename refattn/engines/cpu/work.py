@@ -20,13 +20,13 @@ LN2, LOG2E = math.log(2.0), 1 / math.log(2.0)
 
 
 class Arrays(NamedTuple):
-    """What a kernel reads and writes.
+    """What a kernel reads.
 
-    q, k, v, out flat, lse and redo (a row each) of the shapes `sizes` = (B, Hq, Hkv, Lq, Lk, D, Dv). q_length, k_length
-    (B,) int64; q_at, q_segment (1 or B,Lq), k_at, k_segment (1 or B,Lk) int32, none so large that a difference
-    overflows; k_ends, k_parts (1 or B, tiles, 2) int64 a tile's least and greatest position and segment. span: the
-    least and greatest visible difference. sign: of the scale; unit: its magnitude times log₂e. cap: 0 for none, else
-    the scale over it and it times log₂e.
+    q, k, v flat, of the shapes `sizes` = (B, Hq, Hkv, Lq, Lk, D, Dv). q_length, k_length (B,) int64; q_at, q_segment
+    (1 or B,Lq), k_at, k_segment (1 or B,Lk) int32, none so large that a difference overflows; k_ends, k_parts
+    (1 or B, tiles, 2) int64 a tile's least and greatest position and segment. span: the least and greatest visible
+    difference. sign: of the scale; unit: its magnitude times log₂e. cap: 0 for none, else the scale over it and it
+    times log₂e.
 
     Times log₂e: slopes (Hq,) and table (Hq, n), from the greatest difference down, its column `zero` for the difference
     0, n = 0 for none, and if `evenly`, positions of queries and keys go up by one; sink (Hq,), `BOTTOM` for none.
@@ -37,9 +37,6 @@ class Arrays(NamedTuple):
     q: Array
     k: Array
     v: Array
-    out: Array
-    lse: Array
-    redo: Array
     q_length: Array
     k_length: Array
     q_at: Array
@@ -60,6 +57,38 @@ class Arrays(NamedTuple):
     biases: Array
     bias_strides: Array
     sink: Array
+
+
+class Results(NamedTuple):
+    """What the forward kernel writes: out flat, lse, and which rows are to be made again; a row each, flat."""
+
+    out: Array
+    lse: Array
+    redo: Array
+
+
+class Rows(NamedTuple):
+    """Where a tile of rows stands: `rows` rows from row `first` of all (B,Hq,Lq) on, of batch b and key head g.
+
+    apart: they all belong to query head h, and are its rows i, i + 1, ...; else h and i are the first one's.
+    """
+
+    b: int
+    g: int
+    h: int
+    i: int
+    first: int
+    rows: int
+    apart: bool
+
+
+class Ends(NamedTuple):
+    """Least and greatest position and segment of a tile's live rows; none is live where least > greatest."""
+
+    least: int
+    greatest: int
+    part_low: int
+    part_high: int
 
 
 class Tile(NamedTuple):
@@ -100,9 +129,33 @@ def finite(numbers: Array) -> bool:
 
 
 @jit
-def lay(x: Arrays, tile: Tile, b: int, first: int, rows: int) -> tuple[int, int, int, int]:
-    """Begin the rows of a tile; the ends of the live ones' positions and segments, or an empty range."""
+def tiles_of(share: int, lq: int, lanes: int) -> int:
+    """Tiles of rows of one key head, which `share` heads of queries read: heads apart if one fills a tile."""
+    return share * -(-lq // lanes) if lq >= lanes else -(-share * lq // lanes)
+
+
+@jit
+def locate(x: Arrays, lanes: int, task: int) -> Rows:
+    """Tile number `task` of rows, in tiles of so many lanes.
+
+    The last rows come first: where they see more keys than the others, threads end together.
+    """
+    _, heads, groups, lq, _, _, _ = x.sizes
+    share, apart = heads // groups, lq >= lanes
+    each = tiles_of(share, lq, lanes)
+    b, g, t = task // (groups * each), task // each % groups, each - 1 - task % each
+    if apart:
+        h, i = g * share + t % share, t // share * lanes
+        return Rows(b, g, h, i, (b * heads + h) * lq + i, min(lanes, lq - i), True)
+    h = g * share
+    return Rows(b, g, h, 0, (b * heads + h) * lq + t * lanes, min(lanes, share * lq - t * lanes), False)
+
+
+@jit
+def lay(x: Arrays, tile: Tile, at: Rows) -> Ends:
+    """Begin the rows of a tile."""
     _, heads, _, lq, _, _, _ = x.sizes
+    b, first, rows = at.b, at.first, at.rows
     least, greatest, low, high = 1 << 40, -(1 << 40), 1 << 40, -(1 << 40)
     # Counted, for two divisions a row would cost as much as all else here.
     i, h = first % lq - 1, first // lq % heads
@@ -111,20 +164,21 @@ def lay(x: Arrays, tile: Tile, b: int, first: int, rows: int) -> tuple[int, int,
             i += 1
             if i == lq:
                 i, h = 0, h + 1
-        tile.place[r] = at = x.q_at[b % x.q_at.shape[0], i]
+        tile.place[r] = place = x.q_at[b % x.q_at.shape[0], i]
         tile.segment[r] = segment = x.q_segment[b % x.q_segment.shape[0], i]
         if i < x.q_length[b]:
-            least, greatest = min(least, at), max(greatest, at)
+            least, greatest = min(least, place), max(greatest, place)
             low, high = min(low, segment), max(high, segment)
         tile.slope[r] = x.slopes[h]
         tile.top[r] = x.sink[h]
         tile.total[r] = 0.0 if x.sink[h] == BOTTOM else 1.0
-    return least, greatest, low, high
+    return Ends(least, greatest, low, high)
 
 
 @jit
-def pack(x: Arrays, tile: Tile, first: int, rows: int, width: int) -> None:
+def pack(x: Arrays, tile: Tile, at: Rows, width: int) -> None:
     """What `turn` leaves of qᵀ: rows and columns that fill no square of `width`; and the scale's sign."""
+    first, rows = at.first, at.rows
     lanes, depth = tile.top.size, x.sizes[5]
     squares, columns = rows // width * width, depth // width * width
     for r in range(lanes):
@@ -136,21 +190,21 @@ def pack(x: Arrays, tile: Tile, first: int, rows: int, width: int) -> None:
 
 
 @jit
-def lookup(x: Arrays, tile: Tile, b: int, first: int, rows: int, j: int, count: int) -> None:
+def lookup(x: Arrays, tile: Tile, at: Rows, j: int, count: int) -> None:
     """The table's logits of a tile, key by key."""
     _, heads, _, lq, _, _, _ = x.sizes
-    lanes = tile.top.size
-    for r in range(rows):
-        h = (first + r) // lq % heads
+    lanes, b = tile.top.size, at.b
+    for r in range(at.rows):
+        h = (at.first + r) // lq % heads
         for n in range(count):
             tile.bias[n * lanes + r] = x.table[h, x.zero - (x.k_at[b % x.k_at.shape[0], j + n] - tile.place[r])]
 
 
 @jit
-def gather(x: Arrays, tile: Tile, m: int, b: int, first: int, rows: int, j: int, count: int, width: int) -> None:
+def gather(x: Arrays, tile: Tile, at: Rows, m: int, j: int, count: int, width: int) -> None:
     """What `turn` leaves of the m-th bias of a tile; all of it where width is 0."""
     _, heads, _, lq, _, _, _ = x.sizes
-    lanes, strides = tile.top.size, x.bias_strides[m]
+    b, first, rows, lanes, strides = at.b, at.first, at.rows, tile.top.size, x.bias_strides[m]
     squares, columns = (rows // width * width, count // width * width) if width else (0, 0)
     for r in range(rows):
         i, h = (first + r) % lq, (first + r) // lq % heads
@@ -167,10 +221,10 @@ def divide(tile: Tile) -> None:
 
 
 @jit
-def settle(x: Arrays, tile: Tile, b: int, first: int, rows: int, width: int) -> None:
+def settle(x: Arrays, results: Results, tile: Tile, at: Rows, width: int) -> None:
     """What `turn` leaves of out, lse, and which rows are to be made again; slope is NaN where out is not finite."""
     _, heads, _, lq, _, _, size = x.sizes
-    lanes = tile.top.size
+    b, first, rows, lanes = at.b, at.first, at.rows, tile.top.size
     squares, columns = rows // width * width, size // width * width
     i, h = first % lq - 1, first // lq % heads
     for r in range(rows):
@@ -179,12 +233,12 @@ def settle(x: Arrays, tile: Tile, b: int, first: int, rows: int, width: int) -> 
             i, h = 0, h + 1
         row, total, top = first + r, tile.total[r], tile.top[r]
         for d in range(columns if r < squares else 0, size):
-            x.out[row * size + d] = tile.o[d * lanes + r]
+            results.out[row * size + d] = tile.o[d * lanes + r]
         if i >= x.q_length[b]:
-            x.out[row * size : (row + 1) * size] = 0.0
+            results.out[row * size : (row + 1) * size] = 0.0
             top = x.sink[h]
             total = np.float32(0.0 if top == BOTTOM else 1.0)
-            x.redo[row] = False
+            results.redo[row] = False
         else:
-            x.redo[row] = total == 0.0 or not math.isfinite(total + tile.slope[r])
-        x.lse[row] = -np.inf if total == 0.0 else LN2 * (top + math.log2(total))
+            results.redo[row] = total == 0.0 or not math.isfinite(total + tile.slope[r])
+        results.lse[row] = -np.inf if total == 0.0 else LN2 * (top + math.log2(total))
