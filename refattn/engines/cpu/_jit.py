@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import zlib
 from collections.abc import Callable
 from functools import cache
@@ -55,3 +56,14 @@ def lanes() -> int:
         return 16 if any(part in named for part in wide) else 4 if named in {"generic", "x86-64"} else 8
     features = get_host_cpu_features()
     return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
+
+
+@cache
+def halves() -> bool:
+    """Whether the processor that is compiled for converts float16 by itself."""
+    named = getattr(numba.config, "CPU_NAME", None)
+    if platform.machine() in {"arm64", "aarch64"}:
+        return True
+    if named and named != "host":
+        return named not in {"generic", "x86-64"}
+    return bool(get_host_cpu_features().get("f16c"))

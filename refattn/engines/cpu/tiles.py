@@ -198,14 +198,15 @@ def turn_mask(x: Lanes, to: Any, source: Any, rows: Any, columns: Any, to_stride
 @inline
 def widen(x: Lanes, to: Any, source: Any, count: Any) -> None:
     """`count` float32 from numbers as they are stored; contiguous."""
-    whole = x.b.sdiv(count, x.index(x.width))
-    with x.each(whole) as n:
-        at = x.b.mul(n, x.index(x.width))
-        x.store(x.stored(x.at(source, (at, 2))), x.at(to, (at, 4)))
-    rest = x.b.mul(whole, x.index(x.width))
-    with x.each(x.b.sub(count, rest)) as n:
-        at = x.b.add(rest, n)
-        x.store(x.one(x.at(source, (at, 2))), x.at(to, (at, 4)))
+    for at, width in x.pieces(count):
+        x.store(x.stored(x.at(source, (at, 2)), width), x.at(to, (at, 4)))
+
+
+@inline
+def narrow(x: Lanes, to: Any, source: Any, count: Any) -> None:
+    """`count` finite float32 to numbers as they are stored, contiguous."""
+    for at, width in x.pieces(count):
+        x.store(x.narrowed(x.load(x.at(source, (at, 4)), ir.VectorType(F32, width))), x.at(to, (at, 2)))
 
 
 @inline

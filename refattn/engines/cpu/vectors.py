@@ -15,7 +15,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F16, F32 = ir.HalfType(), ir.FloatType()
+I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # storages
 
 # 2^f = 1 + f p(f) for |f| ≤ ½, coefficients from the least power: the minimax fit of relative error rounded to float32.
@@ -80,22 +81,36 @@ class Lanes:
         for n, value in enumerate(row):
             self.store(value, self.at(address, 4 * self.width * n))
 
-    def stored(self, address: Any) -> Any:
+    def stored(self, address: Any, width: int) -> Any:
         """A vector of float32 from where k or v lie as `storage` says."""
-        return self._widened(address, self.width)
-
-    def one(self, address: Any) -> Any:
-        """One float32 from where k or v lie as `storage` says."""
-        return self.b.extract_element(self._widened(address, 1), I32(0))
-
-    def _widened(self, address: Any, width: int) -> Any:
         floats, integers = ir.VectorType(F32, width), ir.VectorType(I32, width)
         if self.storage == FLOAT32:
             return self.load(address, floats)
         if self.storage == BFLOAT16:
             bits = self.b.zext(self.load(address, ir.VectorType(I16, width)), integers)
             return self.b.bitcast(self.b.shl(bits, integers([16] * width)), floats)
-        return self.b.fpext(self.load(address, ir.VectorType(ir.HalfType(), width)), floats)
+        return self.b.fpext(self.load(address, ir.VectorType(F16, width)), floats)
+
+    def narrowed(self, vector: Any) -> Any:
+        """Finite float32 in 16 bits, to nearest and ties to even; too large ones become infinite."""
+        width = vector.type.count
+        if self.storage == FLOAT16:
+            return self.b.fptrunc(vector, ir.VectorType(F16, width))
+        integers = ir.VectorType(I32, width)
+        bits, half, one = self.b.bitcast(vector, integers), integers([0x7FFF] * width), integers([1] * width)
+        places = integers([16] * width)
+        # Half a unit in the last place, less one where the kept part is even.
+        rounded = self.b.add(bits, self.b.add(half, self.b.and_(self.b.lshr(bits, places), one)))
+        return self.b.trunc(self.b.lshr(rounded, places), ir.VectorType(I16, width))
+
+    def pieces(self, count: Any) -> Iterator[tuple[Any, int]]:
+        """Loops whose indices cover 0 to count: by whole vectors, then one by one; each with how many it takes."""
+        whole = self.b.sdiv(count, self.index(self.width))
+        with self.each(whole) as n:
+            yield self.b.mul(n, self.index(self.width)), self.width
+        begun = self.b.mul(whole, self.index(self.width))
+        with self.each(self.b.sub(count, begun)) as n:
+            yield self.b.add(begun, n), 1
 
     def spread(self, scalar: Any) -> Any:
         """The same number in every lane; a Python number is a float32."""

@@ -128,15 +128,6 @@ def scratch(rows: int, depth: int, width: int, storage: int) -> Tile:
 
 
 @bare
-def finite(numbers: Array) -> bool:
-    """Whether all of a flat float32 array are: as integers without the sign, infinity and NaN are the greatest."""
-    greatest = np.uint32(0)
-    for bits in numbers.view(np.uint32):
-        greatest = max(greatest, np.uint32(bits << np.uint32(1)))
-    return bool(greatest < np.uint32(0xFF000000))
-
-
-@bare
 def tiles_of(share: int, lq: int, lanes: int) -> int:
     """Tiles of rows of one key head, which `share` heads of queries read: heads apart if one fills a tile."""
     return share * -(-lq // lanes) if lq >= lanes else -(-share * lq // lanes)
