@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import llvmlite
 import numba
 from llvmlite.binding import get_host_cpu_features
+from numba.extending import register_jitable
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
@@ -37,6 +38,16 @@ def bare(function: Kernel) -> Kernel:
     """
     options: dict[str, Any] = {"_nrt": False}
     return cast("Kernel", numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function))
+
+
+def inner(function: Kernel) -> Kernel:
+    """What kernels call and Python does not, in a kernel's own terms: compiled into each kernel, never kept by itself.
+
+    Kept on disk it would be served stale, for its key does not tell of the files that it calls. In Python it remains
+    the plain function. Numba's doors to Python, which for a tuple of thirty arrays are most of the code, are left out.
+    """
+    options = {"nogil": True, "error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return cast("Kernel", register_jitable(**options)(function))
 
 
 def stamp(*modules: ModuleType) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from numba import literally  # type: ignore[attr-defined]
 
 from refattn.engines.cpu import logits, sight, tiles, vectors, work
-from refattn.engines.cpu._jit import bare, lanes, stamp
+from refattn.engines.cpu._jit import bare, inner, lanes, stamp
 from refattn.engines.cpu.logits import scores, stored
 from refattn.engines.cpu.sight import NOTHING, POSITIONS, SEGMENTS, reach, see
 from refattn.engines.cpu.tiles import accumulate, fill, scale, turn, weigh
@@ -123,7 +123,7 @@ def kernel(shape: Shape) -> Callable[[Arrays, Results, Tile, Array], int]:
     return forward
 
 
-@bare
+@inner
 def attend(shape: int, x: Arrays, tile: Tile, at: Rows, k: int, v: int, j: int, count: int, kinds: int) -> None:
     """Take the keys j to j + count into the rows' sums; k and v are addresses of their float32 vectors."""
     literally(shape)
@@ -133,7 +133,7 @@ def attend(shape: int, x: Arrays, tile: Tile, at: Rows, k: int, v: int, j: int, 
     accumulate(shape, tile.o.ctypes.data, factor, s, v, 4 * width, count, width)
 
 
-@bare
+@inner
 def strips(shape: int, x: Arrays, tile: Tile, at: Rows, k: int, v: int, j: int, count: int) -> None:
     """As `attend`, one vector of rows after the other, each with no more keys than from the first it sees to the last.
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from refattn.engines.cpu._jit import bare
+from refattn.engines.cpu._jit import inner
 from refattn.engines.cpu.work import KEYS, Arrays, Ends, Rows
 
 POSITIONS, SEGMENTS, MASKS = 1, 2, 4  # what hides some pairs and not all
 NOTHING = -1
 
 
-@bare
+@inner
 def see(x: Arrays, at: Rows, ends: Ends, n: int, count: int) -> int:
     """Sum of what hides pairs of these rows and the n-th tile of `count` keys; NOTHING where all are hidden."""
     near, far = x.k_ends[at.b % x.k_ends.shape[0], n]
@@ -23,7 +23,7 @@ def see(x: Arrays, at: Rows, ends: Ends, n: int, count: int) -> int:
     return masked(x, at, n * KEYS, count, kinds)
 
 
-@bare
+@inner
 def between(span: tuple[int, int], ends: Ends, near: int, far: int, low: int, high: int) -> int:
     """As `see`, masks aside, of rows and keys whose positions and segments have these ends."""
     first, last = span
@@ -37,14 +37,14 @@ def between(span: tuple[int, int], ends: Ends, near: int, far: int, low: int, hi
     return kinds
 
 
-@bare
+@inner
 def hidden(span: tuple[int, int], ends: Ends, place: int, part: int) -> bool:
     """Whether no row with these ends sees a key, masks aside."""
     away = place - ends.least < span[0] or place - ends.greatest > span[1]
     return bool(away or part < ends.part_low or part > ends.part_high)
 
 
-@bare
+@inner
 def masked(x: Arrays, at: Rows, j: int, count: int, kinds: int) -> int:
     """`kinds` and MASKS, if masks hide some of the pairs with the keys from j on; NOTHING if one hides all."""
     _, heads, _, lq, _, _, _ = x.sizes
@@ -63,7 +63,7 @@ def masked(x: Arrays, at: Rows, j: int, count: int, kinds: int) -> int:
     return kinds if every else kinds + MASKS
 
 
-@bare
+@inner
 def _seen(row: np.ndarray) -> tuple[bool, bool]:
     """Whether any and whether all of a row of a mask are True."""
     some, whole = np.uint8(0), np.uint8(1)
@@ -73,7 +73,7 @@ def _seen(row: np.ndarray) -> tuple[bool, bool]:
     return some != 0, whole != 0
 
 
-@bare
+@inner
 def reach(x: Arrays, at: Rows, ends: Ends, j: int, count: int) -> tuple[int, int, int]:
     """First and end of the keys from j to j + count that a few rows may see, and what hides pairs of them."""
     if ends.least > ends.greatest:

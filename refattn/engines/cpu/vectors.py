@@ -200,21 +200,19 @@ class Lanes:
         return places
 
     def in_blocks(self, count: Any, emit: Callable[[Any, int], None]) -> None:
-        """emit(start, size) for blocks that cover 0 to count: all of size `block`, and what is left over in one."""
+        """emit(start, size) for blocks that cover 0 to count: size `block`, and powers of two for what is left over."""
         b, block = self.b, self.index(self.block)
         whole = b.sdiv(count, block)
         with self.each(whole) as n:
             emit(b.mul(n, block), self.block)
         start = b.mul(whole, block)
-        end = b.append_basic_block("end")
-        choice = b.switch(b.sub(count, start), end)
-        for size in range(1, self.block):
-            case = b.append_basic_block(f"left.{size}")
-            choice.add_case(I64(size), case)
-            b.position_at_end(case)
-            emit(start, size)
-            b.branch(end)
-        b.position_at_end(end)
+        left = b.sub(count, start)
+        for power in reversed(range((self.block - 1).bit_length())):
+            size = self.index(1 << power)
+            there = b.and_(left, size)
+            with b.if_then(b.icmp_signed("!=", there, self.index(0))):
+                emit(start, 1 << power)
+            start = b.add(start, there)
 
 
 def inline(emit: Callable[..., None]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu._jit import bare
+from refattn.engines.cpu._jit import inner
 from refattn.engines.cpu.tiles import BOTTOM
 
 Array = NDArray[Any]
@@ -127,13 +127,13 @@ def scratch(rows: int, depth: int, width: int, storage: int) -> Tile:
     return Tile(rows, *parts[:10], *(part.view(np.int32) for part in parts[10:]))
 
 
-@bare
+@inner
 def tiles_of(share: int, lq: int, lanes: int) -> int:
     """Tiles of rows of one key head, which `share` heads of queries read: heads apart if one fills a tile."""
     return share * -(-lq // lanes) if lq >= lanes else -(-share * lq // lanes)
 
 
-@bare
+@inner
 def locate(x: Arrays, lanes: int, task: int) -> Rows:
     """Tile number `task` of rows, in tiles of so many lanes.
 
@@ -150,7 +150,7 @@ def locate(x: Arrays, lanes: int, task: int) -> Rows:
     return Rows(b, g, h, 0, (b * heads + h) * lq + t * lanes, min(lanes, share * lq - t * lanes), False)
 
 
-@bare
+@inner
 def cut(tile: Tile, lane: int) -> Tile:
     """The tile from that row on; o, s and bias with it."""
     return Tile(
@@ -170,7 +170,7 @@ def cut(tile: Tile, lane: int) -> Tile:
     )
 
 
-@bare
+@inner
 def lay(x: Arrays, tile: Tile, at: Rows) -> None:
     """Begin the rows of a tile."""
     _, heads, _, lq, _, _, _ = x.sizes
@@ -188,7 +188,7 @@ def lay(x: Arrays, tile: Tile, at: Rows) -> None:
         tile.total[r] = 0.0 if x.sink[h] == BOTTOM else 1.0
 
 
-@bare
+@inner
 def ends_of(x: Arrays, tile: Tile, at: Rows) -> Ends:
     """The ends of positions and segments, after `lay`."""
     least, greatest, low, high = 1 << 40, -(1 << 40), 1 << 40, -(1 << 40)
@@ -201,7 +201,7 @@ def ends_of(x: Arrays, tile: Tile, at: Rows) -> Ends:
     return Ends(least, greatest, low, high)
 
 
-@bare
+@inner
 def pack(x: Arrays, tile: Tile, at: Rows, width: int) -> None:
     """What `turn` leaves of qᵀ: rows and columns that fill no square of `width`; and the scale's sign."""
     first, rows = at.first, at.rows
@@ -215,7 +215,7 @@ def pack(x: Arrays, tile: Tile, at: Rows, width: int) -> None:
             tile.q[n] *= np.float32(x.sign)
 
 
-@bare
+@inner
 def lookup(x: Arrays, tile: Tile, at: Rows, j: int, count: int) -> None:
     """The table's logits of a tile, key by key."""
     _, heads, _, lq, _, _, _ = x.sizes
@@ -226,7 +226,7 @@ def lookup(x: Arrays, tile: Tile, at: Rows, j: int, count: int) -> None:
             tile.bias[n * lanes + r] = x.table[h, x.zero - (x.k_at[b % x.k_at.shape[0], j + n] - tile.place[r])]
 
 
-@bare
+@inner
 def gather(x: Arrays, tile: Tile, at: Rows, m: int, j: int, count: int, width: int) -> None:
     """What `turn` leaves of the m-th bias of a tile; all of it where width is 0."""
     _, heads, _, lq, _, _, _ = x.sizes
@@ -239,7 +239,7 @@ def gather(x: Arrays, tile: Tile, at: Rows, m: int, j: int, count: int, width: i
             tile.bias[n * lanes + r] = x.biases[start + n * strides[4]]
 
 
-@bare
+@inner
 def gather_mask(x: Arrays, tile: Tile, at: Rows, m: int, j: int, count: int, width: int) -> None:
     """What `turn_mask` leaves of the m-th mask of a tile; all of it where width is 0."""
     _, heads, _, lq, _, _, _ = x.sizes
@@ -252,14 +252,14 @@ def gather_mask(x: Arrays, tile: Tile, at: Rows, m: int, j: int, count: int, wid
             tile.bias[n * lanes + r] = 0.0 if x.masks[start + n * strides[4]] else -np.inf
 
 
-@bare
+@inner
 def divide(tile: Tile) -> None:
     """What each row is multiplied by in the end."""
     for r in range(tile.lanes):
         tile.factor[r] = 1.0 if tile.total[r] == 0.0 else 1.0 / tile.total[r]
 
 
-@bare
+@inner
 def settle(x: Arrays, results: Results, tile: Tile, at: Rows, width: int) -> None:
     """What `turn` leaves of out, lse, and which rows are to be made again; slope is NaN where out is not finite."""
     _, heads, _, lq, _, _, size = x.sizes
