@@ -69,6 +69,7 @@ class Score:
         s_ij = softcap(scale q_i·k_j + Σ relative_ij) + Σ bias_ij
         out_i = Σ_j keep_ij softmax_j(s_i, sink) (v_j + Σ v_table_ij)
 
+    With normalizer "sigmoid" the weight is 1 / (1 + exp(−s_ij − sigmoid_bias)), and there is no sink and no lse.
     Row i sees key j when: position(j) ≤ position(i) if causal; −left ≤ position(j) − position(i) ≤ right; both lie
     inside their lengths; their segments are equal; the mask says so; no bias is −∞.
 
@@ -93,6 +94,8 @@ class Score:
     sink: Any = None
     keep: tuple[NDArray[np.bool_], float] | None = None
     v_table: tuple[ValueTable, ...] = ()
+    normalizer: Literal["softmax", "sigmoid"] = "softmax"
+    sigmoid_bias: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -202,7 +205,7 @@ def _values(bias: Bias) -> Any:
 
 
 def execute(plan: Plan) -> dict[str, Floats]:
-    """Out (B,Hq,Lq,Dv) and, but for a Mix and a Recurrent, lse (B,Hq,Lq) of a plan in float64, row by row."""
+    """Out (B,Hq,Lq,Dv) and, of a Merge and of a softmax, lse (B,Hq,Lq) of a plan in float64, row by row."""
     if isinstance(plan, Mix):
         outs = [weight * execute(part)["out"] for part, weight in zip(plan.parts, plan.weights, strict=True)]
         return {"out": np.sum(outs, axis=0)}
@@ -228,12 +231,13 @@ def execute(plan: Plan) -> dict[str, Floats]:
         sink = -np.inf if plan.sink is None else plan.sink[h]
         lse[b, h, i] = np.logaddexp.reduce(s, initial=sink)
         if seen.size:
-            weight = np.exp(s - lse[b, h, i]) / (1.0 if plan.keep is None else plan.keep[1])
+            each = lse[b, h, i] if plan.normalizer == "softmax" else np.logaddexp(s, -plan.sigmoid_bias)
+            weight = np.exp(s - each) / (1.0 if plan.keep is None else plan.keep[1])
             if plan.keep is not None:
                 weight = weight * _entry(plan.keep[0], b, h, i, plan.k.shape[2])[seen]
             values = sum((_row(table, plan, b, h, i)[seen] for table in plan.v_table), _or_nan(plan.v[b, g, seen]))
             out[b, h, i] = weight @ values
-    return {"out": out, "lse": lse}
+    return {"out": out, "lse": lse} if plan.normalizer == "softmax" else {"out": out}
 
 
 def _merged(parts: list[dict[str, Floats]]) -> dict[str, Floats]:

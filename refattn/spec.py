@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -29,10 +29,19 @@ class Spec:
         return type(self).__module__.rpartition(".")[2]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able mapping; fields that hold None or an empty tuple, their default, are left out."""
-        given = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
-        kept = {n: value for n, (value, default) in given.items() if value not in (None, ()) or value != default}
+        """JSON-able mapping; left out is a default that is None or an empty tuple, or is that of an `added` field."""
+        given = {f.name: (getattr(self, f.name), f) for f in fields(self)}
+        kept = {n: value for n, (value, f) in given.items() if value != f.default or not _silent(value, f)}
         return {"variant": self.variant} | {name: _encode(value) for name, value in kept.items()}
+
+
+def added(default: Any) -> Any:
+    """A field that golden files are older than: JSON leaves its default out, so that theirs stay as they are."""
+    return field(default=default, metadata={"added": True})
+
+
+def _silent(value: Any, own: Any) -> bool:
+    return value in (None, ()) or "added" in own.metadata
 
 
 def dyadic(name: str, value: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, replace
@@ -82,7 +83,7 @@ def test_every_option_of_sdpa_and_alibi_occurs_alone_or_together() -> None:
         "causal_top_left", "causal_bottom_right", "window", "softcap", "mask", "bias", "sink", "segments", "padding",
         "zero_length", "positions", "keep_mask", "scale", "gqa", "mqa", "lse_cotangent", "alibi", "alibi_both_sides",
         "alibi_half", "alibi_two_sided", "learned_slopes", "explicit_slopes", "geometric_slopes",
-        "heads_not_power_of_two",
+        "heads_not_power_of_two", "sigmoid",
     )  # fmt: skip
     assert [name for name in options if not used[name]] == []
     heads = {case.sizes["Hq"] for case in CASES if "alibi" in case.flags}
@@ -293,6 +294,11 @@ def mistakes_of_sdpa(case: Case, spec: Any, arrays: dict[str, Any]) -> Iterator[
             yield "right end + 1", arrays, {"window": (left, right + 1)}
     if spec.softcap:
         yield "no softcap", arrays, {"softcap": None}
+    if spec.normalizer == "sigmoid":
+        own = -math.log(case.sizes["Lk"]) if spec.sigmoid_bias == "keys" else spec.sigmoid_bias
+        yield "softmax", arrays, {"normalizer": "softmax", "sigmoid_bias": None}
+        yield "sigmoid bias 2 % off", arrays, {"sigmoid_bias": 1.02 * own}
+        yield "no sigmoid bias", arrays, {"sigmoid_bias": 0.0}
     if spec.bias:
         learned = [name for term in spec.bias for name in registry.info(term.variant).module.signature(term)]
         if spec.bias != (registry.spec("nope"),):

@@ -86,6 +86,7 @@ _OPTIONS: Mapping[str, Flag] = {
         "A sink logit per query head.", "flash-attention#1819", "flash-attention#1895", "tilelang#831",
         "TransformerEngine#2541", "rocm-libraries#12229",
     ),
+    "sigmoid": _flag("Weights by sigmoid, each key by itself: no normaliser, no lse."),
     "keep_mask": _flag("Dropout as a given mask with its probability."),
     "segments": _flag("Sequences packed into one row, told apart by segment ids."),
     "padding": _flag("Sequences shorter than their arrays."),

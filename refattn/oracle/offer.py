@@ -88,9 +88,10 @@ def offer(golden: Golden, takes: Declared) -> Offer:
         return _offer_by_name(golden, arrays, takes)
     arguments: dict[str, Any] = {name: arrays[name] for name in ("q", "k", "v")}
     leaves = {name: name for name in arguments}
-    for name in ("causal", "window", "softcap"):
-        if getattr(spec, name) not in (None, False, (None, None)):
-            arguments[name] = getattr(spec, name)
+    for name in ("causal", "window", "softcap", "normalizer", "sigmoid_bias"):
+        given = getattr(spec, name)
+        if given is not False and given not in (None, (None, None), "softmax"):
+            arguments[name] = given
     if spec.scale != sqrt_reciprocal(golden.sizes["D"]):
         arguments["scale"] = spec.scale
     arguments |= {name: arrays[name] for name in _PASSED_AS_THEY_ARE if name in arrays}

@@ -14,15 +14,24 @@ from refattn.variants import (
     _sdpa_cases_numerics,
     _sdpa_cases_places,
     _sdpa_cases_scores,
+    _sdpa_cases_sigmoid,
 )
 from refattn.variants._case_parts import flagged, head_marks, sizes
 from refattn.variants.sdpa import SDPA
 
+_BESIDE: tuple[Any, ...] = (
+    _sdpa_cases_masks,
+    _sdpa_cases_places,
+    _sdpa_cases_scores,
+    _sdpa_cases_sigmoid,
+    _sdpa_cases_numerics,
+    _sdpa_cases_long,
+)
+
 
 def cases() -> Iterator[Case]:
     """Every case, topic by topic, with the flags that its form tells."""
-    beside = (_sdpa_cases_masks, _sdpa_cases_places, _sdpa_cases_scores, _sdpa_cases_numerics, _sdpa_cases_long)
-    for case in flagged(chain(heads(), lengths(), *(topic.cases() for topic in beside))):
+    for case in flagged(chain(heads(), lengths(), *(topic.cases() for topic in _BESIDE))):
         yield replace(case, flags=(*case.flags, *option_flags(case.spec, case.sizes)))
 
 
@@ -37,6 +46,7 @@ def option_flags(spec: Any, sizes: Mapping[str, int]) -> Iterator[str]:
         "softcap": spec.softcap is not None,
         "scale": spec.scale is not None,
         "keep_mask": spec.keep_probability is not None,
+        "sigmoid": spec.normalizer == "sigmoid",
     }
     return (name for name, holds in present.items() if holds)
 

@@ -5,16 +5,22 @@ r"""Scaled dot-product attention with everything that masks it, biases it or shi
     softcap(s) = c tanh(s / c)
     out[h,i] = Σ_j keep p[h,i,j] v[g,j],     lse[h,i] = log(exp(sink[h]) + Σ_j exp(s[h,i,j]))
 
+normalizer="sigmoid" weighs each key by itself, with no normaliser, so without lse and without a sink:
+
+    p[h,i,j] = 1 / (1 + exp(−s[h,i,j] − b)),     b the sigmoid_bias, such as −ln n where n keys are seen
+
 q (B,Hq,Lq,D); k (B,Hkv,Lk,D); v (B,Hkv,Lk,Dv); out (B,Hq,Lq,Dv); lse (B,Hq,Lq), natural. The order of operations is
-fixed: rotation of q and k, their product, content terms, scale, softcap, bias, mask, sink, softmax, keep-mask, values
-(content terms may add to the value that a pair reads). A row that sees nothing gives 0 and lse −∞.
+fixed: rotation of q and k, their product, content terms, scale, softcap, bias, mask, sink, normaliser, keep-mask,
+values (content terms may add to the value that a pair reads). A row that sees nothing gives 0 and lse −∞.
 
 Source: Vaswani et al., arXiv 1706.03762, equation 1; grouped heads: Ainslie et al., arXiv 2305.13245; softcap: Gemma 2,
-arXiv 2408.00118, section 2; sinks: gpt-oss, and Miller's softmax-off-by-one, which is a sink of logit 0.
+arXiv 2408.00118, section 2; sinks: gpt-oss, and Miller's softmax-off-by-one, which is a sink of logit 0; sigmoid:
+Ramapuram et al., arXiv 2409.04431, section 2, where b = −ln n.
 
 Differs from: torch's is_causal (top-left only); flash-attention's window_size (the same inclusive pair, −1 for None);
 transformers' sliding_window (a count of keys, self included: window = (n − 1, 0)); ONNX Attention, which scales q and
-k by √scale each.
+k by √scale each; Apple's FlashSigmoid, which finds the sigmoid as (1 + tanh(x/2))/2: the same number, but a weight of
+1/n then has an error of the size of a unit roundoff of 1.
 """
 
 from __future__ import annotations
@@ -29,20 +35,23 @@ from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
 from refattn.numeric import clean, einsum, finite, minus_infinite, real, reshape, softmax_attend, stored, tanh, where
 from refattn.plan import Dense, Score
-from refattn.spec import Array, Spec, dyadic
+from refattn.spec import Array, Spec, added, dyadic
 from refattn.variants._place import lengths, per_sequence, place, segments, visible
+from refattn.variants._sigmoid import minus_log, sigmoid_attend
 
 _ALIGNMENTS = ("top_left", "bottom_right")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SDPA(Spec):
-    """Masked softmax attention.
+    """Masked attention, by softmax or by sigmoid.
 
     causal: False; "top_left" (query i at key position i), "bottom_right" (at i + Lk − Lq), or True, allowed only
     where the two agree. window: (left, right), both inclusive, None unbounded. scale: None is D^-1/2. softcap: the
     cap c > 0. rotary: a term that turns q and k, such as RoPE; content: terms that read them, such as Shaw; bias: terms
-    such as ALiBi. keep_probability: by which kept weights are divided.
+    such as ALiBi. keep_probability: by which kept weights are divided. normalizer: "softmax" or "sigmoid".
+    sigmoid_bias: the b of sigmoid attention, which has no default: a number, or "keys" for −ln Lk in float32, Lk being
+    the size of the arrays, whatever lengths and masks leave of it.
     """
 
     causal: bool | Literal["top_left", "bottom_right"] = False
@@ -53,6 +62,8 @@ class SDPA(Spec):
     content: tuple[Spec, ...] = ()
     bias: tuple[Spec, ...] = ()
     keep_probability: float | None = None
+    normalizer: Literal["softmax", "sigmoid"] = added("softmax")
+    sigmoid_bias: float | Literal["keys"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("content", "bias"):
@@ -75,6 +86,21 @@ class SDPA(Spec):
             raise SpecError(f"softcap is a positive number or None; given: {self.softcap}")
         if self.keep_probability is not None and not 0 < self.keep_probability <= 1:
             raise SpecError(f"keep_probability lies in (0, 1]; given: {self.keep_probability}")
+        self._check_normalizer()
+
+    def _check_normalizer(self) -> None:
+        if not isinstance(self.normalizer, str) or self.normalizer not in ("softmax", "sigmoid"):
+            raise SpecError(f"normalizer is 'softmax' or 'sigmoid'; given: {self.normalizer!r}")
+        if self.normalizer == "softmax":
+            if self.sigmoid_bias is not None:
+                raise SpecError(f"sigmoid_bias goes with normalizer='sigmoid'; given: {self.sigmoid_bias!r}")
+        elif self.sigmoid_bias is None:
+            raise SpecError(
+                "sigmoid attention has no default bias: give sigmoid_bias, a number such as −ln n where n keys are "
+                "seen, or 'keys' for −ln Lk"
+            )
+        elif not (isinstance(self.sigmoid_bias, str) and self.sigmoid_bias == "keys"):
+            object.__setattr__(self, "sigmoid_bias", dyadic("sigmoid_bias", self.sigmoid_bias))
 
     @property
     def terms(self) -> tuple[Spec, ...]:
@@ -107,8 +133,10 @@ _ARRAYS = {
 
 
 def signature(spec: SDPA) -> dict[str, Array]:
-    """q, k, v and what the options add."""
+    """q, k, v and what the options add; sigmoid attention has no normaliser for a sink to stand in."""
     arrays = dict(_ARRAYS)
+    if spec.normalizer == "sigmoid":
+        del arrays["sink"]
     if spec.keep_probability is not None:
         arrays["keep"] = Array(_PAIRS, "bool", "choice", broadcast=True)
     for term in spec.terms:
@@ -122,12 +150,13 @@ def signature(spec: SDPA) -> dict[str, Array]:
 
 
 def outputs(spec: SDPA) -> dict[str, Array]:
-    """The mean of the values, and the natural logarithm of the softmax's denominator."""
-    return {"out": Array("B Hq Lq Dv"), "lse": Array("B Hq Lq")}
+    """The weighted sum of the values, and the natural logarithm of the softmax's denominator."""
+    out = {"out": Array("B Hq Lq Dv")}
+    return out if spec.normalizer == "sigmoid" else out | {"lse": Array("B Hq Lq")}
 
 
 def resolve(spec: SDPA, sizes: Mapping[str, int]) -> SDPA:
-    """Scale, slopes and causal alignment as definite values; what contradicts the sizes is refused."""
+    """Scale, slopes, sigmoid bias and alignment as definite values; what contradicts the sizes is refused."""
     if not sizes["Hkv"] or sizes["Hq"] % sizes["Hkv"]:
         raise ShapeError(f"Hq must be a multiple of Hkv; given: Hq={sizes['Hq']}, Hkv={sizes['Hkv']}")
     causal = spec.causal
@@ -146,7 +175,8 @@ def resolve(spec: SDPA, sizes: Mapping[str, int]) -> SDPA:
 
     rotary = spec.rotary and definite(spec.rotary)
     content, bias = tuple(map(definite, spec.content)), tuple(map(definite, spec.bias))
-    return replace(spec, causal=causal, scale=scale, rotary=rotary, content=content, bias=bias)
+    own = minus_log(max(sizes["Lk"], 1)) if spec.sigmoid_bias == "keys" else spec.sigmoid_bias
+    return replace(spec, causal=causal, scale=scale, rotary=rotary, content=content, bias=bias, sigmoid_bias=own)
 
 
 def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
@@ -156,7 +186,7 @@ def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
             raise ShapeError(f"{one} needs {other}: give both")
     for name in ("bias", "sink"):
         if name in x and np.isposinf(np.asarray(x[name], np.float64)).any():
-            raise ShapeError(f"{name} holds +∞, which no softmax can weigh; −∞ masks, a finite number biases")
+            raise ShapeError(f"{name} holds +∞, which is no logit: −∞ masks, a finite number biases")
     for term in spec.terms:
         for name in _module(term).signature(term):
             if not np.isfinite(np.asarray(x[name], np.float64)).all():
@@ -203,6 +233,9 @@ def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, 
     keep = None
     if spec.keep_probability is not None:
         keep = real(x["keep"].astype(np.int64), s) / real(spec.keep_probability, s)
+    if spec.normalizer == "sigmoid":
+        s = s + real(spec.sigmoid_bias, s)
+        return {"out": sigmoid_attend(s, live, x["v"], keep=keep, spoiled=spoiled, relative=relative)}
     sink = x.get("sink")
     out, lse = softmax_attend(s, live, x["v"], sink=sink, keep=keep, spoiled=spoiled, relative=relative)
     return {"out": out, "lse": lse}
@@ -235,6 +268,8 @@ def lower(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> Score:
         segments=segments(x),
         sink=x.get("sink"),
         keep=None if spec.keep_probability is None else (x["keep"], spec.keep_probability),
+        normalizer=spec.normalizer,
+        sigmoid_bias=float(spec.sigmoid_bias or 0.0),
     )
 
 

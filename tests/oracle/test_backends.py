@@ -140,4 +140,4 @@ def test_a_correct_implementation_passes_the_committed_suite(fn):
     assert report.ok, repr(report)
     assert len(report.passed) >= 80
     refused = [load(line.case).spec for line in report.unsupported]
-    assert all(spec.variant != "sdpa" or spec.rotary or spec.content for spec in refused)
+    assert all(spec.variant != "sdpa" or spec.rotary or spec.content or spec.normalizer == "sigmoid" for spec in refused)

@@ -40,7 +40,7 @@ def refuses(problem: Problem) -> str | None:
 
 
 def run(problem: Problem) -> Outputs:
-    """Out (B,Hq,Lq,Dv) and lse (B,Hq,Lq), computed in float32 or float64."""
+    """Out (B,Hq,Lq,Dv) and, of a softmax, lse (B,Hq,Lq), computed in float32 or float64."""
     found = _outputs(unread.plan(problem) or problem.score, _kind(problem))
     if problem.dtype.itemsize == 2 and np.isfinite(found["out"]).all():
         found["out"] = narrowed(found["out"], problem.dtype)
@@ -52,7 +52,7 @@ def vjp(
 ) -> Outputs:
     """Outputs and gradients d<name>: the kernels give the cotangents of the plan's leaves, the tape carries them on.
 
-    Where `outputs` holds out and lse of this problem, the forward pass is spared.
+    Where `outputs` holds the outputs of this problem, the forward pass is spared.
 
     Raises
     ------
@@ -70,7 +70,7 @@ def vjp(
     operands = prepare(plan, _kind(problem))
     found = _saved(outputs or {}, operands) or _wide(_outputs(plan, _kind(problem)))
     wanted = {n: leaf for n, leaf in leaves(taped).items() if isinstance(leaf, Variable)}
-    dout, dlse = (_cotangent(cotangents.get(n), found[n], operands) for n in ("out", "lse"))
+    dout, dlse = (_cotangent(cotangents.get(n), shape, operands) for n, shape in _shapes(operands).items())
     gradients = _backward(plan, operands, dout, dlse, set(wanted))
     carried = tape.gradients([(leaf, gradients[n]) for n, leaf in wanted.items()], list(inputs.values()))
     return Outputs(found | {f"d{n}": g for n, g in zip(wrt, carried, strict=True)})
@@ -81,7 +81,7 @@ def _kind(problem: Problem) -> type[np.floating[Any]]:
 
 
 def _outputs(plan: Score, kind: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
-    """Out and lse by the fast kernel where it can, its rows of doubt and all other plans row by row."""
+    """The outputs by the fast kernel where it can, its rows of doubt and all other plans row by row."""
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(plan, kind))
     q, k, v = widened(plan.q), plan.k, plan.v
@@ -108,7 +108,7 @@ def _forward(x: Operands) -> dict[str, Floats]:
     out = np.empty((batch, heads, lq, x.v.shape[3]), x.q.dtype)
     lse = np.empty((batch, heads, lq), x.q.dtype)
     spread(score.forward, (x, out, lse), lse.size, _work(x))
-    return {"out": out, "lse": lse}
+    return {"out": out} if x.sigmoid else {"out": out, "lse": lse}
 
 
 def _wide(outputs: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
@@ -116,13 +116,19 @@ def _wide(outputs: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
 
 
 def _saved(outputs: Mapping[str, Any], x: Operands) -> dict[str, Floats] | None:
-    if not {"out", "lse"} <= set(outputs):
+    shapes = _shapes(x)
+    if x.sigmoid:
+        del shapes["lse"]
+    if not set(shapes) <= set(outputs):
         return None
-    shapes = {"out": (*x.q.shape[:3], x.v.shape[3]), "lse": x.q.shape[:3]}
     for n, shape in shapes.items():
         if outputs[n].shape != shape:
             raise ShapeError(f"{n} of an earlier evaluate has shape {outputs[n].shape}, but this problem's has {shape}")
     return {n: outputs[n].astype(np.float64) for n in shapes}
+
+
+def _shapes(x: Operands) -> dict[str, tuple[int, ...]]:
+    return {"out": (*x.q.shape[:3], x.v.shape[3]), "lse": x.q.shape[:3]}
 
 
 def _work(x: Operands) -> int:
@@ -130,9 +136,9 @@ def _work(x: Operands) -> int:
     return int(np.prod(x.q.shape[:3])) * int(x.k.shape[2] * (x.q.shape[3] + x.v.shape[3]))
 
 
-def _cotangent(given: Any, output: Floats, x: Operands) -> NDArray[Any]:
+def _cotangent(given: Any, shape: tuple[int, ...], x: Operands) -> NDArray[Any]:
     """A cotangent in the type computed in; zeros where none is given."""
-    return converted(np.zeros(output.shape) if given is None else given, x.q.dtype)
+    return converted(np.zeros(shape) if given is None else given, x.q.dtype)
 
 
 def _backward(plan: Score, x: Operands, dout: NDArray[Any], dlse: NDArray[Any], wanted: set[str]) -> dict[str, Floats]:

@@ -22,7 +22,9 @@ _MARGIN = 64  # rows in a tile at most: what a tile reads of a table beyond its 
 
 def takes(plan: Score) -> bool:
     """Whether the kernel computes all that the plan asks for."""
-    if plan.keep is not None or plan.relative or plan.v_table or not (plan.q.size and plan.k.size and plan.v.size):
+    if plan.normalizer != "softmax" or plan.keep is not None:
+        return False
+    if plan.relative or plan.v_table or not (plan.q.size and plan.k.size and plan.v.size):
         return False
     integers = [*plan.positions, *(plan.segments or ())]
     if any(a.size and max(-int(a.min()), int(a.max())) > _FARTHEST for a in integers):

@@ -1,0 +1,53 @@
+"""Options of SDPA that few backends have: who takes them is asked, who does not is never counted as right."""
+
+import numpy as np
+import pytest
+
+import refattn as ra
+from refattn.golden import suite
+from refattn.golden.build import build
+from refattn.oracle import plain, validate
+
+NAMES = ("sigmoid/plain", "sigmoid/softcap_bias_and_mask", "sigmoid/alibi_and_keep_mask", "sigmoid/poisoned_padding")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    built = {c.name: build(c) for c in suite.cases() if c.name in NAMES}
+    target = tmp_path_factory.mktemp("few")
+    suite.publish(target, {name: (b.manifest, b.tensors) for name, b in built.items()})
+    return target
+
+
+@pytest.mark.parametrize("fn", ["refattn:reference", "refattn:cpu"])
+def test_refattns_own_engines_pass_with_every_gradient(fn, few):
+    report = validate(fn, folder=few)
+    assert len(report.passed) == len(NAMES), repr(report)
+    for line in report.lines:
+        real = {n for n in ra.golden.load.load(line.case, few).expected if n.startswith("d")}
+        assert real <= set(line.outputs), line.case
+
+
+def test_a_backend_that_declares_no_such_option_is_not_supported(few):
+    report = validate(plain.attention, folder=few)
+    assert [line.case for line in report.unsupported] == sorted(NAMES)
+    assert "takes no normalizer and no sigmoid_bias" in report.unsupported[0].words
+
+
+def test_a_softmax_for_a_sigmoid_fails_and_the_library_of_softmax_mistakes_is_silent(few):
+    def attend(q, k, v, *, normalizer=None, sigmoid_bias=None, **options):
+        return plain.attention(q, k, v, **options)["out"]
+
+    report = validate(attend, folder=few, cases="sigmoid/*")
+    assert len(report.failures) == len(NAMES)
+    assert not report.findings
+
+
+def test_a_sigmoid_written_down_plainly_passes(few):
+    def attend(q, k, v, *, normalizer, sigmoid_bias):
+        k, v = (np.repeat(a, q.shape[1] // a.shape[1], axis=1) for a in (k, v))
+        s = np.einsum("bhid,bhjd->bhij", q, k) * np.float32(q.shape[3] ** -0.5) + np.float32(sigmoid_bias)
+        return np.einsum("bhij,bhjd->bhid", 1 / (1 + np.exp(-s)), v)
+
+    report = validate(attend, folder=few, cases="sigmoid/plain")
+    assert len(report.passed) == 1, repr(report)
