@@ -47,7 +47,7 @@ def inner(function: Kernel) -> Kernel:
     the plain function. Numba's doors to Python, which for a tuple of thirty arrays are most of the code, are left out.
     """
     options = dict.fromkeys(("nogil", "no_cpython_wrapper", "no_cfunc_wrapper"), True) | {"_nrt": False}
-    return cast("Kernel", register_jitable(error_model="numpy", **options)(function))
+    return register_jitable(error_model="numpy", **options)(function)
 
 
 def stamp(*modules: ModuleType) -> int:
