@@ -9,6 +9,7 @@ import numpy as np
 from refattn.engines.cpu.forward import kernel, shape_for
 from refattn.engines.cpu.operands import differences, span, stacked, summed
 from refattn.engines.cpu.pool import together
+from refattn.engines.cpu.skipping import norms
 from refattn.engines.cpu.storage import bits, storage_of
 from refattn.engines.cpu.tiles import BOTTOM
 from refattn.engines.cpu.vectors import FLOAT32
@@ -53,7 +54,8 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
     tasks = batch * groups * tiles_of(heads // groups, lq, shape.rows)
     work = lse.size * lk * (depth + width)
     sizes = shape.rows, depth, width, shape.storage
-    together(kernel(shape), lambda: (x, results, scratch(*sizes), counter), tasks, work)
+    known = norms(x, shape.width, shape.storage)
+    together(kernel(shape), lambda: (x, known, results, scratch(*sizes), counter), tasks, work)
     return out, lse, redo
 
 

@@ -91,6 +91,11 @@ class Lanes:
             return self.b.bitcast(self.b.shl(bits, integers([16] * width)), floats)
         return self.b.fpext(self.load(address, ir.VectorType(F16, width)), floats)
 
+    @property
+    def size(self) -> int:
+        """Bytes of a number of k or v."""
+        return 4 if self.storage == FLOAT32 else 2
+
     def narrowed(self, vector: Any) -> Any:
         """Finite float32 in 16 bits, to nearest and ties to even; too large ones become infinite."""
         width = vector.type.count
@@ -168,6 +173,16 @@ class Lanes:
         )
         far = self.call("copysign", b.fsub(one, b.fdiv(self.spread(2.0), b.fadd(power, one))), x)
         return b.select(b.fcmp_ordered(">", size, one), far, near)
+
+    def total(self, vector: Any) -> Any:
+        """Sum of a vector, halves to halves."""
+        width, empty = vector.type.count, ir.Constant(vector.type, ir.Undefined)
+        while width > 1:
+            width //= 2
+            low, high = (ir.VectorType(I32, width)(list(range(n, n + width))) for n in (0, width))
+            vector = self.b.fadd(self.b.shuffle_vector(vector, empty, low), self.b.shuffle_vector(vector, empty, high))
+            empty = ir.Constant(vector.type, ir.Undefined)
+        return self.b.extract_element(vector, I32(0))
 
     def transposed(self, rows: list[Any]) -> list[Any]:
         """The square of `width` vectors with rows and columns exchanged, by halves of halves."""
