@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -16,11 +19,27 @@ from refattn.engines.cpu.vectors import FLOAT32
 from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, Results, scratch, tiles_of
 from refattn.plan import Dense, Score, Slope, Table
 
+Found = TypeVar("Found")
+
 _FARTHEST = 1 << 29  # differences of positions stay well inside int32
 _LARGEST = 1e30  # a few factors below do not overflow
 _MARGIN = 64  # rows in a tile at most: what a tile reads of a table beyond its columns
 
 
+def _once(find: Callable[[Score], Found]) -> Callable[[Score], Found]:
+    """The function, asked once for each plan, and what it found forgotten with the plan."""
+    known: WeakKeyDictionary[Score, Found] = WeakKeyDictionary()
+
+    @wraps(find)
+    def found(plan: Score) -> Found:
+        if plan not in known:
+            known[plan] = find(plan)
+        return known[plan]
+
+    return found
+
+
+@_once
 def takes(plan: Score) -> bool:
     """Whether the kernel computes all that the plan asks for."""
     if plan.normalizer != "softmax" or plan.keep is not None:
@@ -61,8 +80,15 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
 
 def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:
     """What the kernels read of a plan whose q, k, v are these, as `run` takes them."""
-    batch, heads, lq, depth = q.shape
-    groups, lk, width = v.shape[1:]
+    sizes, _, _, _, *others = _still(plan)
+    return Arrays(sizes, q.reshape(-1), bits(k), bits(v), *others)
+
+
+@_once
+def _still(plan: Score) -> Arrays:
+    """What does not depend on the numbers of q, k and v."""
+    batch, heads, lq, depth = plan.q.shape
+    groups, lk, width = plan.v.shape[1:]
     low, high = (min(max(end, -4 * _FARTHEST), 4 * _FARTHEST - 1) for end in span(plan))
     q_at, k_at = _each(plan.positions[0], lq), _each(plan.positions[1], lk)
     ends = _ends(k_at)
@@ -79,9 +105,9 @@ def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:
     biases, bias_strides = stacked(dense, np.float32)
     return Arrays(
         sizes=(batch, heads, groups, lq, lk, depth, width),
-        q=q.reshape(-1),
-        k=bits(k),
-        v=bits(v),
+        q=_NONE,
+        k=_NONE,
+        v=_NONE,
         q_length=np.array(q_length, np.int64),
         k_length=np.array(k_length, np.int64),
         q_at=q_at,
@@ -107,6 +133,7 @@ def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:
     )
 
 
+_NONE = np.zeros(0, np.float32)
 _NO_SEGMENT = np.zeros((1, 1), np.int32)  # never read, for there is one segment
 
 
