@@ -69,6 +69,7 @@ class Score:
         s_ij = softcap(scale q_i·k_j + Σ relative_ij) + Σ bias_ij
         out_i = Σ_j keep_ij softmax_j(s_i, sink) (v_j + Σ v_table_ij)
 
+    k_scale and v_scale (B,Hkv,Lk) multiply the logit q_i·k_j and the value v_j of a key whose k and v are integers.
     With normalizer "sigmoid" the weight is 1 / (1 + exp(−s_ij − sigmoid_bias)), and there is no sink and no lse.
     Row i sees key j when: position(j) ≤ position(i) if causal; −left ≤ position(j) − position(i) ≤ right; both lie
     inside their lengths; their segments are equal; the mask says so; no bias is −∞.
@@ -96,6 +97,8 @@ class Score:
     v_table: tuple[ValueTable, ...] = ()
     normalizer: Literal["softmax", "sigmoid"] = "softmax"
     sigmoid_bias: float = 0.0
+    k_scale: Any = None
+    v_scale: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,11 +150,14 @@ class Recurrent:
 
 Plan = Score | Mix | Merge | Recurrent
 
-_REAL_LEAVES = {Score: ("q", "k", "v", "sink"), Recurrent: ("q", "k", "v", "memory", "weight", "transition")}
+_REAL_LEAVES = {
+    Score: ("q", "k", "v", "sink", "k_scale", "v_scale"),
+    Recurrent: ("q", "k", "v", "memory", "weight", "transition"),
+}
 
 
 def leaves(plan: Plan) -> dict[str, Any]:
-    """The real-valued arrays of a plan by name: q, k, v, sink, bias.0, bias.1, ..., relative.0.rows, ..., v_table.0.
+    """The numbers of a plan by name: q, k, v, sink, k_scale, v_scale, bias.0, ..., relative.0.rows, ..., v_table.0.
 
     Of a Mix or Merge: those of part n under n.q, n.k, ..., and weight.0, weight.1, ...
     """
@@ -180,7 +186,7 @@ def map_leaves(plan: Merge | Recurrent, change: Callable[[Any], Any]) -> Merge |
 
 
 def map_leaves(plan: Plan, change: Callable[[Any], Any]) -> Plan:
-    """The same plan with every real-valued array replaced by change(array)."""
+    """The same plan with every array of numbers that `leaves` names replaced by change(array)."""
     if isinstance(plan, Mix):
         parts = tuple(map_leaves(part, change) for part in plan.parts)
         return replace(plan, parts=parts, weights=tuple(change(weight) for weight in plan.weights))
@@ -220,6 +226,8 @@ def execute(plan: Plan) -> dict[str, Floats]:
         g = h // (heads // groups)
         seen = np.flatnonzero(sees(plan, b, h, i))
         s = plan.scale * (_or_nan(plan.k[b, g, seen]) @ _or_nan(plan.q[b, h, i]))
+        if plan.k_scale is not None:
+            s = s * _or_nan(plan.k_scale[b, g, seen])
         for r in plan.relative:
             rows = r.rows[b, h, i] if r.side == "q" else r.rows[b, g, seen]
             s = s + (_or_nan(rows) * _row(r, plan, b, h, i)[seen]).sum(-1)
@@ -235,8 +243,10 @@ def execute(plan: Plan) -> dict[str, Floats]:
             weight = np.exp(s - each) / (1.0 if plan.keep is None else plan.keep[1])
             if plan.keep is not None:
                 weight = weight * _entry(plan.keep[0], b, h, i, plan.k.shape[2])[seen]
-            values = sum((_row(table, plan, b, h, i)[seen] for table in plan.v_table), _or_nan(plan.v[b, g, seen]))
-            out[b, h, i] = weight @ values
+            values = _or_nan(plan.v[b, g, seen])
+            if plan.v_scale is not None:
+                values = values * _or_nan(plan.v_scale[b, g, seen])[:, None]
+            out[b, h, i] = weight @ sum((_row(table, plan, b, h, i)[seen] for table in plan.v_table), values)
     return {"out": out, "lse": lse} if plan.normalizer == "softmax" else {"out": out}
 
 

@@ -262,6 +262,8 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 def _check_domain(name: str, domain: str, given: NDArray[Any], sizes: Mapping[str, int]) -> None:
     kind, _, dim = domain.partition(":")
+    if kind == "int8" and given.dtype != np.int8:
+        raise DTypeError(f"{name} is {given.dtype}, where int8 is expected")
     if kind == "positive" and not all(0 < number < np.inf for number in given.astype(np.float64).flat):
         raise ShapeError(f"{name} must hold finite numbers above 0; given: {given.tolist()}")
     if kind == "positions" and given.size and max(-int(given.min()), int(given.max())) > _FARTHEST:

@@ -120,8 +120,8 @@ class Array:
     """One array of a signature: dimensions by name, or a number where the spec fixes the size; kind and role.
 
     `domain` narrows the values: "any", "positive" (and finite), "positions" (any integers), "lengths:<dim>" (0 to that
-    size), "indices:<dim>" (0 to one less, the dim a name or a number), "segments" (any integers). A `broadcast` array
-    may lack leading dimensions or have size 1 in any.
+    size), "indices:<dim>" (0 to one less, the dim a name or a number), "segments" (any integers), "int8" (of no other
+    type). A `broadcast` array may lack leading dimensions or have size 1 in any.
     """
 
     dims: str
@@ -130,6 +130,11 @@ class Array:
     domain: str = "any"
     optional: bool = False
     broadcast: bool = False
+
+    @property
+    def integers(self) -> type[np.signedinteger[Any]]:
+        """The type of integers that stand in for it where none are given."""
+        return np.int8 if self.domain == "int8" else np.int64
 
     @property
     def names(self) -> list[str]:

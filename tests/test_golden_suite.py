@@ -83,7 +83,7 @@ def test_every_option_of_sdpa_and_alibi_occurs_alone_or_together() -> None:
         "causal_top_left", "causal_bottom_right", "window", "softcap", "mask", "bias", "sink", "segments", "padding",
         "zero_length", "positions", "keep_mask", "scale", "gqa", "mqa", "lse_cotangent", "alibi", "alibi_both_sides",
         "alibi_half", "alibi_two_sided", "learned_slopes", "explicit_slopes", "geometric_slopes",
-        "heads_not_power_of_two", "sigmoid",
+        "heads_not_power_of_two", "sigmoid", "int8_kv",
     )  # fmt: skip
     assert [name for name in options if not used[name]] == []
     heads = {case.sizes["Hq"] for case in CASES if "alibi" in case.flags}
@@ -231,6 +231,7 @@ def mistakes(case: Case) -> Iterator[Mistake]:
         yield "without the keep-mask", without(arrays, "keep"), {"keep_probability": None}
     if spec.variant == "sdpa":
         yield from mistakes_of_sdpa(case, spec, arrays)
+        yield from mistakes_of_newer_options(case, spec, arrays)
     else:
         yield from defaults_instead(case, spec, arrays)
     if spec.variant == "axial":
@@ -294,11 +295,6 @@ def mistakes_of_sdpa(case: Case, spec: Any, arrays: dict[str, Any]) -> Iterator[
             yield "right end + 1", arrays, {"window": (left, right + 1)}
     if spec.softcap:
         yield "no softcap", arrays, {"softcap": None}
-    if spec.normalizer == "sigmoid":
-        own = -math.log(case.sizes["Lk"]) if spec.sigmoid_bias == "keys" else spec.sigmoid_bias
-        yield "softmax", arrays, {"normalizer": "softmax", "sigmoid_bias": None}
-        yield "sigmoid bias 2 % off", arrays, {"sigmoid_bias": 1.02 * own}
-        yield "no sigmoid bias", arrays, {"sigmoid_bias": 0.0}
     if spec.bias:
         learned = [name for term in spec.bias for name in registry.info(term.variant).module.signature(term)]
         if spec.bias != (registry.spec("nope"),):
@@ -308,6 +304,21 @@ def mistakes_of_sdpa(case: Case, spec: Any, arrays: dict[str, Any]) -> Iterator[
         for term in spec.bias:
             if term.variant == "alibi_interpolation" and longest(case) > term.train_length:
                 yield "slopes as trained", arrays, {"bias": (registry.spec("alibi", slopes=term.slopes),)}
+
+
+def mistakes_of_newer_options(case: Case, spec: Any, arrays: dict[str, Any]) -> Iterator[Mistake]:
+    if spec.normalizer == "sigmoid":
+        own = -math.log(case.sizes["Lk"]) if spec.sigmoid_bias == "keys" else spec.sigmoid_bias
+        yield "softmax", arrays, {"normalizer": "softmax", "sigmoid_bias": None}
+        yield "sigmoid bias 2 % off", arrays, {"sigmoid_bias": 1.02 * own}
+        yield "no sigmoid bias", arrays, {"sigmoid_bias": 0.0}
+    if spec.kv == "int8":
+        for name in ("k_scale", "v_scale"):
+            given = arrays[name]
+            yield f"no {name}", arrays | {name: np.ones_like(given)}, {}
+            for axis in range(given.ndim):
+                if given.shape[axis] > 1:
+                    yield f"the first {name} of axis {axis}", arrays | {name: np.take(given, [0], axis)}, {}
 
 
 DROPPED = ("mask", "bias", "sink", "q_lengths", "kv_lengths", "q_segment_ids", "q_positions", "k_positions")

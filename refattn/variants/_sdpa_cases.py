@@ -9,6 +9,7 @@ from typing import Any
 
 from refattn.case import Case, Recipe, Rows
 from refattn.variants import (
+    _sdpa_cases_kept,
     _sdpa_cases_long,
     _sdpa_cases_masks,
     _sdpa_cases_numerics,
@@ -24,6 +25,7 @@ _BESIDE: tuple[Any, ...] = (
     _sdpa_cases_places,
     _sdpa_cases_scores,
     _sdpa_cases_sigmoid,
+    _sdpa_cases_kept,
     _sdpa_cases_numerics,
     _sdpa_cases_long,
 )
@@ -47,6 +49,7 @@ def option_flags(spec: Any, sizes: Mapping[str, int]) -> Iterator[str]:
         "scale": spec.scale is not None,
         "keep_mask": spec.keep_probability is not None,
         "sigmoid": spec.normalizer == "sigmoid",
+        "int8_kv": spec.kv == "int8",
     }
     return (name for name, holds in present.items() if holds)
 

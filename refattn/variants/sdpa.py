@@ -9,6 +9,10 @@ normalizer="sigmoid" weighs each key by itself, with no normaliser, so without l
 
     p[h,i,j] = 1 / (1 + exp(−s[h,i,j] − b)),     b the sigmoid_bias, such as −ln n where n keys are seen
 
+kv="int8" is given integers for k and v, and what each token's are to be multiplied by, in exact arithmetic:
+
+    k[g,j] = k_scale[g,j] k_int[g,j],   v[g,j] = v_scale[g,j] v_int[g,j],     k_scale, v_scale (B,Hkv,Lk) or broadcast
+
 q (B,Hq,Lq,D); k (B,Hkv,Lk,D); v (B,Hkv,Lk,Dv); out (B,Hq,Lq,Dv); lse (B,Hq,Lq), natural. The order of operations is
 fixed: rotation of q and k, their product, content terms, scale, softcap, bias, mask, sink, normaliser, keep-mask,
 values (content terms may add to the value that a pair reads). A row that sees nothing gives 0 and lse −∞.
@@ -33,9 +37,22 @@ import numpy as np
 
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
-from refattn.numeric import clean, einsum, finite, minus_infinite, real, reshape, softmax_attend, stored, tanh, where
+from refattn.numeric import (
+    broadcast,
+    clean,
+    einsum,
+    finite,
+    minus_infinite,
+    real,
+    reshape,
+    softmax_attend,
+    stored,
+    tanh,
+    where,
+)
 from refattn.plan import Dense, Score
 from refattn.spec import Array, Spec, added, dyadic
+from refattn.variants._kept import INT8, unpacked
 from refattn.variants._place import lengths, per_sequence, place, segments, visible
 from refattn.variants._sigmoid import minus_log, sigmoid_attend
 
@@ -51,7 +68,7 @@ class SDPA(Spec):
     cap c > 0. rotary: a term that turns q and k, such as RoPE; content: terms that read them, such as Shaw; bias: terms
     such as ALiBi. keep_probability: by which kept weights are divided. normalizer: "softmax" or "sigmoid".
     sigmoid_bias: the b of sigmoid attention, which has no default: a number, or "keys" for −ln Lk in float32, Lk being
-    the size of the arrays, whatever lengths and masks leave of it.
+    the size of the arrays, whatever lengths and masks leave of it. kv: None, or "int8" for integers with scales.
     """
 
     causal: bool | Literal["top_left", "bottom_right"] = False
@@ -64,6 +81,7 @@ class SDPA(Spec):
     keep_probability: float | None = None
     normalizer: Literal["softmax", "sigmoid"] = added("softmax")
     sigmoid_bias: float | Literal["keys"] | None = None
+    kv: Literal["int8"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("content", "bias"):
@@ -87,6 +105,8 @@ class SDPA(Spec):
         if self.keep_probability is not None and not 0 < self.keep_probability <= 1:
             raise SpecError(f"keep_probability lies in (0, 1]; given: {self.keep_probability}")
         self._check_normalizer()
+        if self.kv is not None and not (isinstance(self.kv, str) and self.kv == "int8"):
+            raise SpecError(f"kv is 'int8', or None for real numbers; given: {self.kv!r}")
 
     def _check_normalizer(self) -> None:
         if not isinstance(self.normalizer, str) or self.normalizer not in ("softmax", "sigmoid"):
@@ -137,6 +157,8 @@ def signature(spec: SDPA) -> dict[str, Array]:
     arrays = dict(_ARRAYS)
     if spec.normalizer == "sigmoid":
         del arrays["sink"]
+    if spec.kv == "int8":
+        arrays |= INT8
     if spec.keep_probability is not None:
         arrays["keep"] = Array(_PAIRS, "bool", "choice", broadcast=True)
     for term in spec.terms:
@@ -197,6 +219,7 @@ def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
 
 def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, Any]:
     """The formula, in its fixed order."""
+    x = unpacked(x)
     batch, heads, lq, width = x["q"].shape
     groups, lk = x["k"].shape[1:3]
     at = place(spec.causal, x)
@@ -244,7 +267,11 @@ def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, 
 def lower(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> Score:
     """The same problem as data: positions, bounds and biases instead of formulas."""
     at = place(spec.causal, x)
+    if spec.rotary is not None or spec.content:
+        # What turns or reads keys needs them as numbers.
+        x = unpacked(x)
     q, k = x["q"], x["k"]
+    scales = {n: broadcast(x[n], x["k"].shape[:3]) for n in ("k_scale", "v_scale") if n in x}
     if spec.rotary is not None:
         q, k = _module(spec.rotary).lower_rotate(spec.rotary, x, at)
     lowered = [_module(term).lower_content(term, dict(x) | {"q": q, "k": k}, at, spec.scale) for term in spec.content]
@@ -270,6 +297,7 @@ def lower(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> Score:
         keep=None if spec.keep_probability is None else (x["keep"], spec.keep_probability),
         normalizer=spec.normalizer,
         sigmoid_bias=float(spec.sigmoid_bias or 0.0),
+        **scales,
     )
 
 

@@ -17,6 +17,7 @@ from refattn.plan import Dense, Score, Slope, Table, leaves, map_leaves
 from refattn.problem import Problem
 from refattn.spec import Outputs
 from refattn.tape import Tape, Variable
+from refattn.unpack import unpacked
 
 name = "cpu"
 
@@ -61,7 +62,8 @@ def vjp(
         raise Unsupported(f"engine 'cpu' has no gradients of this {problem.spec.variant}: {problem.no_gradient}")
     tape, x = Tape(), problem.lift(np.asarray)
     inputs = {n: tape.variable(x[n]) for n in wrt}
-    taped: Any = problem.lowered(x | inputs)
+    lowered: Any = problem.lowered(x | inputs)
+    taped = unpacked(lowered)
     plan = map_leaves(taped, lambda leaf: getattr(leaf, "value", leaf))
     operands = prepare(plan, _kind(problem))
     found = _saved(outputs or {}, operands) or _wide(_outputs(plan, _kind(problem)))
@@ -78,6 +80,7 @@ def _kind(problem: Problem) -> type[np.floating[Any]]:
 
 def _outputs(plan: Score, kind: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
     """The outputs by the fast kernel where it can, its rows of doubt and all other plans row by row."""
+    plan = unpacked(plan)
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(plan, kind))
     q, k, v = (converted(leaf, kind) for leaf in (plan.q, plan.k, plan.v))
