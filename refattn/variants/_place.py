@@ -55,6 +55,14 @@ def place(causal: Any, x: Mapping[str, Any]) -> Place:
     return Place(i[:, None, :, None], j[:, None, None, :], x["q"].shape[1])
 
 
+def reach(at: Place) -> tuple[int, int]:
+    """Least and greatest position(j) − position(i) of a sequence's keys and queries, 0 counted too."""
+    if not (at.i.size and at.j.size):
+        return 0, 0
+    least, greatest = at.j.min(3) - at.i.max(2), at.j.max(3) - at.i.min(2)
+    return min(int(least.min()), 0), max(int(greatest.max()), 0)
+
+
 def visible(spec: Any, x: Mapping[str, Any], at: Place) -> NDArray[np.bool_]:
     """Pairs that causality, window, lengths, segments and mask allow, broadcastable to (B, Hq, Lq, Lk)."""
     distance = at.j - at.i

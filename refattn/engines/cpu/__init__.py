@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu import fast, score, unread, work
+from refattn.engines.cpu import fast, score, unread
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
+from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
 from refattn.errors import ShapeError, Unsupported
 from refattn.plan import Dense, Score, Slope, Table, leaves, map_leaves
 from refattn.problem import Problem
@@ -41,7 +42,10 @@ def refuses(problem: Problem) -> str | None:
 
 def run(problem: Problem) -> Outputs:
     """Out (B,Hq,Lq,Dv) and, of a softmax, lse (B,Hq,Lq), computed in float32 or float64."""
-    return Outputs(_outputs(unread.plan(problem) or problem.score, _kind(problem)))
+    found = _outputs(unread.plan(problem) or problem.score, _kind(problem))
+    if problem.dtype.itemsize == 2 and np.isfinite(found["out"]).all():
+        found["out"] = narrowed(found["out"], problem.dtype)
+    return Outputs(found)
 
 
 def vjp(
@@ -83,15 +87,19 @@ def _outputs(plan: Score, kind: type[np.floating[Any]]) -> dict[str, NDArray[Any
     plan = unpacked(plan)
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(plan, kind))
-    q, k, v = (converted(leaf, kind) for leaf in (plan.q, plan.k, plan.v))
-    q, k = (a if work.finite(a.reshape(-1)) else rows(a) for a in (q, k))
+    q, k, v = widened(plan.q), plan.k, plan.v
+    if k.dtype != v.dtype or storage_of(k) is None or not finite(k):
+        k, v = widened(k), widened(v)
+    q, k, v = (converted(leaf, leaf.dtype) for leaf in (q, k, v))
+    q, k = (a if finite(a) else rows(a) for a in (q, k))
     out, lse, redo = fast.run(plan, q, k, v)
     if redo.any():
-        again, finite = prepare(plan, kind), np.isfinite(v)
-        bad = np.argwhere(~finite.all(-1))
+        v = widened(v)
+        again, numbers = prepare(plan, kind), np.isfinite(v)
+        bad = np.argwhere(~numbers.all(-1))
         if len(bad):
             # A weight of 0 hides no NaN: once more without them, and those rows again that see one.
-            out, lse, redo = fast.run(plan, q, k, np.where(finite, v, np.float32(0)))
+            out, lse, redo = fast.run(plan, q, widened(k), np.where(numbers, v, np.float32(0)))
             score.see(again, bad, redo)
         for row in np.flatnonzero(redo).tolist():
             score.forward(again, out, lse, row, row + 1)

@@ -9,7 +9,9 @@ import numpy as np
 from refattn.engines.cpu.forward import kernel, shape_for
 from refattn.engines.cpu.operands import differences, span, stacked, summed
 from refattn.engines.cpu.pool import together
+from refattn.engines.cpu.storage import bits, storage_of
 from refattn.engines.cpu.tiles import BOTTOM
+from refattn.engines.cpu.vectors import FLOAT32
 from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, Results, scratch, tiles_of
 from refattn.plan import Dense, Score, Slope, Table
 
@@ -39,18 +41,19 @@ def takes(plan: Score) -> bool:
 def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     """Out (B,Hq,Lq,Dv), lse and which rows are to be made again (B,Hq,Lq).
 
-    q, k, v are the plan's in float32, C order, without infinities in q and k. What is not finite in v reaches all rows
-    of a tile, masked or not: they are to be made again.
+    q, k, v are the plan's, C order, q in float32, k and v stored alike in a way that `storage_of` knows; without
+    infinities in q and k. What is not finite in v reaches all rows of a tile, masked or not: they are to be made again.
     """
     x = arrays(plan, q, k, v)
     batch, heads, groups, lq, lk, depth, width = x.sizes
     out, lse = np.empty((batch, heads, lq, width), np.float32), np.empty(q.shape[:3], np.float32)
     redo, counter = np.empty(q.shape[:3], np.bool_), np.zeros(1, np.int64)
     results = Results(out.reshape(-1), lse.reshape(-1), redo.reshape(-1))
-    shape = shape_for(heads // groups, lq)
+    shape = shape_for(heads // groups, lq, storage_of(k) or FLOAT32)
     tasks = batch * groups * tiles_of(heads // groups, lq, shape.rows)
     work = lse.size * lk * (depth + width)
-    together(kernel(shape), lambda: (x, results, scratch(shape.rows, depth, width), counter), tasks, work)
+    sizes = shape.rows, depth, width, shape.storage
+    together(kernel(shape), lambda: (x, results, scratch(*sizes), counter), tasks, work)
     return out, lse, redo
 
 
@@ -70,14 +73,13 @@ def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:
     slopes = [b.slopes for b in plan.bias if isinstance(b, Slope)]
     table, zero = _table(plan, heads)
     dense = [b.values for b in plan.bias if isinstance(b, Dense)]
-    if plan.mask is not None:
-        dense.append(np.where(plan.mask, np.float32(0), np.float32(-np.inf)))
+    masks, mask_strides = stacked([] if plan.mask is None else [plan.mask], np.bool_)
     biases, bias_strides = stacked(dense, np.float32)
     return Arrays(
         sizes=(batch, heads, groups, lq, lk, depth, width),
         q=q.reshape(-1),
-        k=k.reshape(-1),
-        v=v.reshape(-1),
+        k=bits(k),
+        v=bits(v),
         q_length=np.array(q_length, np.int64),
         k_length=np.array(k_length, np.int64),
         q_at=q_at,
@@ -97,6 +99,8 @@ def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:
         evenly=bool(table.size) and _evenly(q_at) and _evenly(k_at),
         biases=biases,
         bias_strides=bias_strides,
+        masks=masks,
+        mask_strides=mask_strides,
         sink=_in_base_2(np.full(heads, BOTTOM / LOG2E) if plan.sink is None else np.maximum(plan.sink, BOTTOM / LOG2E)),
     )
 

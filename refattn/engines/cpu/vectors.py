@@ -15,7 +15,9 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+F16, F32 = ir.HalfType(), ir.FloatType()
+I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # storages
 
 # 2^f = 1 + f p(f) for |f| ≤ ½, coefficients from the least power: the minimax fit of relative error rounded to float32.
 _EXP2 = "0x1.62e42ap-1 0x1.ebf9bcp-3 0x1.c6b752p-5 0x1.3cea88p-7 0x1.5bba14p-10"
@@ -31,13 +33,16 @@ MAGIC = 1.5 * 2.0**23 + 127.0
 class Lanes:
     """Emits operations on `vectors` vectors of `width` float32; a tile's row is all of them, one lane for each query.
 
-    Memory is addressed by integers, in bytes; an address need not be aligned.
+    Memory is addressed by integers, in bytes; an address need not be aligned. The shape is a number, for Numba takes no
+    other literals: block + 2⁸ vectors + 2¹⁶ width + 2²⁴ storage + 2²⁸ stride, where `storage` is how k and v lie in
+    memory, and a row begins `stride` vectors after the one before, or `vectors` if it is 0.
     """
 
     def __init__(self, builder: Any, shape: int) -> None:
         self.b = builder
-        self.width, self.vectors, self.block = shape >> 16, shape >> 8 & 255, shape & 255
-        self.row = 4 * self.width * self.vectors
+        self.width, self.vectors, self.block = shape >> 16 & 255, shape >> 8 & 255, shape & 255
+        self.storage = shape >> 24 & 15
+        self.row = 4 * self.width * (shape >> 28 or self.vectors)
         self.floats, self.integers = ir.VectorType(F32, self.width), ir.VectorType(I32, self.width)
 
     def at(self, base: Any, *terms: Any) -> Any:
@@ -55,7 +60,9 @@ class Lanes:
     def load(self, address: Any, kind: Any = None) -> Any:
         """A vector of float32, or what else `kind` says."""
         kind = kind or self.floats
-        return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=4)
+        size = str(getattr(kind, "element", kind))
+        align = {"i8": 1, "i16": 2, "half": 2}.get(size, 4)
+        return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=align)
 
     def store(self, value: Any, address: Any) -> None:
         """Store a vector."""
@@ -73,6 +80,37 @@ class Lanes:
         """Store a tile's row."""
         for n, value in enumerate(row):
             self.store(value, self.at(address, 4 * self.width * n))
+
+    def stored(self, address: Any, width: int) -> Any:
+        """A vector of float32 from where k or v lie as `storage` says."""
+        floats, integers = ir.VectorType(F32, width), ir.VectorType(I32, width)
+        if self.storage == FLOAT32:
+            return self.load(address, floats)
+        if self.storage == BFLOAT16:
+            bits = self.b.zext(self.load(address, ir.VectorType(I16, width)), integers)
+            return self.b.bitcast(self.b.shl(bits, integers([16] * width)), floats)
+        return self.b.fpext(self.load(address, ir.VectorType(F16, width)), floats)
+
+    def narrowed(self, vector: Any) -> Any:
+        """Finite float32 in 16 bits, to nearest and ties to even; too large ones become infinite."""
+        width = vector.type.count
+        if self.storage == FLOAT16:
+            return self.b.fptrunc(vector, ir.VectorType(F16, width))
+        integers = ir.VectorType(I32, width)
+        bits, half, one = self.b.bitcast(vector, integers), integers([0x7FFF] * width), integers([1] * width)
+        places = integers([16] * width)
+        # Half a unit in the last place, less one where the kept part is even.
+        rounded = self.b.add(bits, self.b.add(half, self.b.and_(self.b.lshr(bits, places), one)))
+        return self.b.trunc(self.b.lshr(rounded, places), ir.VectorType(I16, width))
+
+    def pieces(self, count: Any) -> Iterator[tuple[Any, int]]:
+        """Loops whose indices cover 0 to count: by whole vectors, then one by one; each with how many it takes."""
+        whole = self.b.sdiv(count, self.index(self.width))
+        with self.each(whole) as n:
+            yield self.b.mul(n, self.index(self.width)), self.width
+        begun = self.b.mul(whole, self.index(self.width))
+        with self.each(self.b.sub(count, begun)) as n:
+            yield self.b.add(begun, n), 1
 
     def spread(self, scalar: Any) -> Any:
         """The same number in every lane; a Python number is a float32."""
@@ -162,21 +200,19 @@ class Lanes:
         return places
 
     def in_blocks(self, count: Any, emit: Callable[[Any, int], None]) -> None:
-        """emit(start, size) for blocks that cover 0 to count: all of size `block`, and what is left over in one."""
+        """emit(start, size) for blocks that cover 0 to count: size `block`, and powers of two for what is left over."""
         b, block = self.b, self.index(self.block)
         whole = b.sdiv(count, block)
         with self.each(whole) as n:
             emit(b.mul(n, block), self.block)
         start = b.mul(whole, block)
-        end = b.append_basic_block("end")
-        choice = b.switch(b.sub(count, start), end)
-        for size in range(1, self.block):
-            case = b.append_basic_block(f"left.{size}")
-            choice.add_case(I64(size), case)
-            b.position_at_end(case)
-            emit(start, size)
-            b.branch(end)
-        b.position_at_end(end)
+        left = b.sub(count, start)
+        for power in reversed(range((self.block - 1).bit_length())):
+            size = self.index(1 << power)
+            there = b.and_(left, size)
+            with b.if_then(b.icmp_signed("!=", there, self.index(0))):
+                emit(start, 1 << power)
+            start = b.add(start, there)
 
 
 def inline(emit: Callable[..., None]) -> Any:
