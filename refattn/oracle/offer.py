@@ -20,6 +20,7 @@ from refattn.spec import Spec
 
 _PASSED_AS_THEY_ARE = (
     "mask", "sink", "q_lengths", "kv_lengths", "q_positions", "k_positions", "k_scale", "v_scale",
+    "block_table",
 )  # fmt: skip
 
 _SCALES = ("k_scale", "v_scale")

@@ -144,4 +144,4 @@ def test_a_correct_implementation_passes_the_committed_suite(fn):
 
 
 def beyond_a_softmax_of_reals(spec):
-    return spec.rotary or spec.normalizer == "sigmoid" or spec.kv
+    return spec.rotary or spec.normalizer == "sigmoid" or spec.kv or spec.paged

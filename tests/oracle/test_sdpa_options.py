@@ -9,7 +9,8 @@ from refattn.golden.build import build
 from refattn.oracle import plain, validate
 
 NAMES = (
-    "int8/a_scale_for_each_token", "int8/scales_of_padding", "sigmoid/alibi_and_keep_mask", "sigmoid/plain",
+    "int8/a_scale_for_each_token", "int8/scales_of_padding", "paged/decode_with_entries_of_no_block", "paged/int8",
+    "paged/sigmoid", "sigmoid/alibi_and_keep_mask", "sigmoid/plain",
     "sigmoid/poisoned_padding", "sigmoid/softcap_bias_and_mask",
 )  # fmt: skip
 
@@ -37,6 +38,7 @@ def test_a_backend_that_declares_no_such_option_is_not_supported(few):
     words = {line.case: line.words for line in report.unsupported}
     assert "takes no normalizer and no sigmoid_bias" in words["sigmoid/plain"]
     assert "takes no k_scale and no v_scale" in words["int8/scales_of_padding"]
+    assert "takes no k_scale and no v_scale and no block_table" in words["paged/int8"]
 
 
 def test_a_softmax_for_a_sigmoid_fails_and_the_library_of_softmax_mistakes_is_silent(few):
@@ -73,3 +75,14 @@ def test_integers_dequantised_first_pass(few):
 
     report = validate(attend, folder=few, cases="int8/*")
     assert len(report.passed) == 2, repr(report)
+
+
+def test_blocks_in_the_order_in_which_they_stand_fail_without_a_name_for_the_mistake(few):
+    def attend(q, k, v, *, block_table=None, kv_lengths=None, causal=None):
+        rows = [np.concatenate(list(np.roll(a, 1, 0)[: block_table.shape[1]]), 1)[None] for a in (k, v)]
+        k, v = (np.repeat(np.nan_to_num(a), len(q), 0) for a in rows)
+        return plain.attention(q, k, v, causal=causal, kv_lengths=kv_lengths)["out"]
+
+    report = validate(attend, folder=few, cases="paged/decode*")
+    assert len(report.failures) == 1
+    assert not report.findings
