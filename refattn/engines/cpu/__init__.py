@@ -19,6 +19,7 @@ from refattn.plan import Dense, Score, Slope, Table, leaves, map_leaves
 from refattn.problem import Problem
 from refattn.spec import Outputs
 from refattn.tape import Tape, Variable
+from refattn.unpack import unpacked
 
 name = "cpu"
 
@@ -68,7 +69,8 @@ def vjp(
         raise Unsupported(f"engine 'cpu' has no gradients of this {problem.spec.variant}: {problem.no_gradient}")
     tape, x = Tape(), problem.lift(np.asarray)
     inputs = {n: tape.variable(x[n]) for n in wrt}
-    taped: Any = problem.lowered(x | inputs)
+    lowered: Any = problem.lowered(x | inputs)
+    taped = unpacked(lowered)
     plan = map_leaves(taped, lambda leaf: getattr(leaf, "value", leaf))
     operands = prepare(plan, _kind(problem))
     found = _saved(outputs or {}, operands) or _wide(_outputs(plan, plan.q, plan.k, plan.v, _kind(problem)))
@@ -88,6 +90,9 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
 
     q, k and v stand in for those of the plan.
     """
+    if plan.pages is not None or plan.k_scale is not None or plan.v_scale is not None:
+        plan = unpacked(replace(plan, q=q, k=k, v=v))
+        q, k, v = plan.q, plan.k, plan.v
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(replace(plan, q=q, k=k, v=v), kind))
     given, q = {"q": q, "k": k, "v": v}, widened(q)

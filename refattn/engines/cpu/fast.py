@@ -80,8 +80,7 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
 
 def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:
     """What the kernels read of a plan whose q, k, v are these, as `run` takes them."""
-    sizes, _, _, _, *others = _still(plan)
-    return Arrays(sizes, q.reshape(-1), bits(k), bits(v), *others)
+    return _still(plan)._replace(q=q.reshape(-1), k=bits(k), v=bits(v))
 
 
 @_once
