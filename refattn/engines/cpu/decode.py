@@ -1,0 +1,300 @@
+r"""The decode kernel: few rows of queries for each key head, and many keys, of which each is read once.
+
+One task is a *share*: a stretch of the keys of one key head, met by the rows of all query heads that read it; `strips`
+has its steps. A share leaves a part: for each row the maximum m of its logits, the sum l of its weights and o. Who
+ends the last share of a key head merges its parts, in the order of the keys:
+
+    m = max(sink, m_1, m_2, ...),  l = exp2(sink − m) + Σ_n l_n exp2(m_n − m),  out = Σ_n o_n exp2(m_n − m) / l
+
+k and v are not looked at beforehand. A number in them that is not finite makes what comes of it NaN, and the row is
+marked to be made again; where a key is masked its logit does not matter.
+"""
+# ruff: noqa: PLR0917  Numba calls kernels by position
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+from numba import literally  # type: ignore[attr-defined]
+
+from refattn.engines.cpu import logits, strips, tiles, vectors, work
+from refattn.engines.cpu._jit import jit, lanes, stamp
+from refattn.engines.cpu.logits import seen
+from refattn.engines.cpu.pool import together
+from refattn.engines.cpu.strips import LEAST, PARTS, added, blend, dots, sloped, weights
+from refattn.engines.cpu.tiles import BOTTOM, bend, hide, part
+from refattn.engines.cpu.vectors import take
+from refattn.engines.cpu.work import KEYS, LN2, LOG2E, Array, Arrays, Ends, Results, Rows
+
+MOST = 16  # rows of a key head
+_LEAST = 512  # keys in a share, but for the last
+_TASKS = 128  # shares wanted in all, so that threads end together
+
+
+class Parts(NamedTuple):
+    """What shares leave: top and total (B·Hkv·shares, R), o (B·Hkv·shares, R, W), W being Dv in whole lines.
+
+    ends (B·Hkv,) int64: how many shares of a key head have ended.
+    """
+
+    top: Array
+    total: Array
+    o: Array
+    ends: Array
+
+
+class Strip(NamedTuple):
+    """A thread's scratch for R rows and a tile of keys.
+
+    q (R, D in whole lines), s and a bias (R, KEYS), sums (R, lanes), a factor and a slope for each row; place, segment
+    (R,) int32; at (KEYS,) int32 positions or segments of keys; addresses (4, KEYS) int64 of the tile's keys and values
+    and of the next one's.
+    """
+
+    q: Array
+    s: Array
+    bias: Array
+    sums: Array
+    factor: Array
+    slope: Array
+    place: Array
+    segment: Array
+    at: Array
+    addresses: Array
+
+
+def strip(count: int, depth: int) -> Strip:
+    """Scratch for so many rows, each part from a whole line of the cache on."""
+    shapes = [(count, depth), (count, KEYS), (count, KEYS), (count, lanes()), *[(count,)] * 4, (KEYS,), (4, 2 * KEYS)]
+    sizes = [math.prod(shape) for shape in shapes]
+    starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
+    memory = np.empty(starts[-1] + 16, np.float32)
+    skipped = -memory.ctypes.data // 4 % 16
+    found = [
+        memory[skipped + start : skipped + start + size].reshape(shape)
+        for start, size, shape in zip(starts, sizes, shapes, strict=False)
+    ]
+    return Strip(*found[:6], *(a.view(np.int32) for a in found[6:9]), found[9].view(np.int64))
+
+
+def in_lines(size: int, storage: int) -> int:
+    """Numbers of a row in whole lines."""
+    line = lanes() * PARTS[storage]
+    return -(-size // line) * line
+
+
+def share_of(heads: int, lk: int) -> int:
+    """Keys in a share, whole tiles: `heads` counts the key heads of all batches."""
+    return max(_LEAST, -(-lk * heads // _TASKS // KEYS) * KEYS)
+
+
+def run(x: Arrays, storage: int = 0) -> tuple[Array, Array, Array]:
+    """Out (B,Hq,Lq,Dv), lse (B,Hq,Lq) and which rows are to be made again."""
+    batch, heads, groups, lq, lk, depth, width = x.sizes
+    shape = (batch, heads, lq)
+    out, lse, redo = np.empty((*shape, width), np.float32), np.empty(shape, np.float32), np.empty(shape, np.bool_)
+    results = Results(out.reshape(-1), lse.reshape(-1), redo.reshape(-1))
+    count, share = heads // groups * lq, share_of(batch * groups, lk)
+    tasks = batch * groups * -(-lk // share)
+    found = (np.empty((tasks, count), np.float32) for _ in range(2))
+    parts = Parts(*found, np.empty((tasks, count, in_lines(width, storage)), np.float32), np.zeros(batch * groups, np.int64))
+    counter = np.zeros(1, np.int64)
+    together(
+        kernel(lanes(), storage),
+        lambda: (x, results, parts, strip(count, in_lines(depth, storage)), share, counter),
+        tasks,
+        lse.size * lk * (depth + width),
+    )
+    return out, lse, redo
+
+
+@jit
+def begin(x: Arrays, strip: Strip, at: Rows, lane: int, parts: int) -> Ends:
+    """Begin a share: the rows of a key head, q by lines."""
+    lq, depth, b = x.sizes[3], x.sizes[5], at.b
+    least, greatest, low, high = 1 << 40, -(1 << 40), 1 << 40, -(1 << 40)
+    line = lane * parts
+    for r in range(at.rows):
+        i, h = r % lq, at.h + r // lq
+        strip.place[r] = place = x.q_at[b % x.q_at.shape[0], i]
+        strip.segment[r] = segment = x.q_segment[b % x.q_segment.shape[0], i]
+        strip.slope[r] = x.slopes[h]
+        if i < x.q_length[b]:
+            least, greatest = min(least, place), max(greatest, place)
+            low, high = min(low, segment), max(high, segment)
+        for d in range(strip.q.shape[1]):
+            p = d // lane % parts
+            source = d // line * line + d % lane * parts + p
+            strip.q[r, d] = np.float32(x.sign) * x.q[(at.first + r) * depth + source] if source < depth else 0.0
+    return Ends(least, greatest, low, high)
+
+
+@jit
+def find(x: Arrays, addresses: Array, which: int, at: Rows, j: int, count: int, size: int) -> None:
+    """Addresses of the tile of keys j to j + count and its values, and again of the last ones up to a whole tile.
+
+    Keys go to row `which`, values to the next; `size` is the bytes of a stored number.
+    """
+    _, _, groups, _, lk, depth, width = x.sizes
+    first = (at.b * groups + at.g) * lk + j
+    k, v = x.k.ctypes.data + first * depth * size, x.v.ctypes.data + first * width * size
+    for n in range(KEYS):
+        addresses[which, n] = k + min(n, count - 1) * depth * size
+        addresses[which + 1, n] = v + min(n, count - 1) * width * size
+
+
+@jit
+def veil(shape: int, x: Arrays, strip: Strip, at: Rows, ends: Ends, j: int, count: int) -> None:
+    """−∞ in strip.s for pairs that positions or segments mask, where the tile has both kinds."""
+    literally(shape)
+    n, s = j // KEYS, strip.s.ctypes.data
+    near, far = x.k_ends[at.b % x.k_ends.shape[0], n]
+    low, high = x.span
+    if near - ends.greatest < low or far - ends.least > high:
+        strip.at[:count] = x.k_at[at.b % x.k_at.shape[0], j : j + count]
+        hide(shape, s, at.rows, strip.place.ctypes.data, strip.at.ctypes.data, -high, high - low)
+    first, last = x.k_parts[at.b % x.k_parts.shape[0], n]
+    if first != ends.part_high or last != ends.part_low:
+        strip.at[:count] = x.k_segment[at.b % x.k_segment.shape[0], j : j + count]
+        part(shape, s, at.rows, strip.segment.ctypes.data, strip.at.ctypes.data)
+
+
+@jit
+def bias(shape: int, x: Arrays, strip: Strip, at: Rows, j: int, count: int) -> None:
+    """Add all biases of a tile to strip.s."""
+    literally(shape)
+    lq, b, s = x.sizes[3], at.b, strip.s.ctypes.data
+    places = x.k_at[b % x.k_at.shape[0]]
+    if x.sloping:
+        strip.at[:count] = places[j : j + count]
+        sloped(shape, s, at.rows, strip.at.ctypes.data, strip.place.ctypes.data, strip.slope.ctypes.data)
+    if x.table.shape[1] > 0:
+        for r in range(at.rows):
+            h, column = at.h + r // lq, x.zero + strip.place[r]
+            for n in range(count):
+                strip.bias[r, n] = x.table[h, column - places[j + n]]
+        added(shape, s, at.rows, strip.bias.ctypes.data, np.float32(1.0))
+    for m in range(x.bias_strides.shape[0]):
+        start, of_b, of_h, of_i, of_j = x.bias_strides[m]
+        for r in range(at.rows):
+            first = start + b * of_b + (at.h + r // lq) * of_h + r % lq * of_i + j * of_j
+            if of_j == 1:
+                strip.bias[r, :count] = x.biases[first : first + count]
+            else:
+                strip.bias[r, :count] = x.biases[first]
+        added(shape, s, at.rows, strip.bias.ctypes.data, np.float32(LOG2E))
+
+
+@jit
+def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane: int, lines: int) -> None:
+    """Results of the rows of a key head from the parts of its shares; v's numbers lie in o as in `strips`."""
+    _, _, groups, lq, _, _, width = x.sizes
+    first, line = (at.b * groups + at.g) * shares, lane * lines
+    for r in range(at.rows):
+        row, sink = at.first + r, x.sink[at.h + r // lq]
+        out = results.out[row * width : (row + 1) * width]
+        out[:] = 0.0
+        top = np.float32(LEAST if sink == BOTTOM else sink)
+        dead = r % lq >= x.q_length[at.b]
+        if not dead:
+            for n in range(shares):
+                top = max(top, parts.top[first + n, r])
+        total = 0.0 if sink == BOTTOM else 2.0 ** (float(sink) - float(top))
+        if not dead:
+            for n in range(shares):
+                total += parts.total[first + n, r] * 2.0 ** (float(parts.top[first + n, r]) - float(top))
+        good = math.isfinite(total)
+        if total != 0.0 and not dead:
+            for n in range(shares):
+                factor = np.float32(2.0 ** (float(parts.top[first + n, r]) - float(top)) / total)
+                o = parts.o[first + n, r]
+                for d in range(width):
+                    out[d] += factor * o[d // line * line + d % lines * lane + d % line // lines]
+            strange = np.float32(0.0)
+            for d in range(width):
+                strange += out[d] * np.float32(0.0)
+            good = good and strange == 0.0
+        results.redo[row] = not good
+        results.lse[row] = -np.inf if total == 0.0 else LN2 * (float(top) + math.log2(total))
+
+
+@cache
+def kernel(lane: int, storage: int) -> Callable[..., int]:
+    """The compiled pass for vectors of so many lanes and a storage; threads share the counter of one number."""
+    SHAPE = lane << 16 | KEYS // lane << 8 | storage << 4
+    ONE, TWO, FOUR = SHAPE | 1, SHAPE | 2, SHAPE | 4
+    LANES, LINES, SIZE = lane, PARTS[storage], (4, 2, 2, 1)[storage]
+    VERSION = stamp(logits, strips, tiles, vectors, work)
+
+    @jit
+    def decode(x: Arrays, results: Results, parts: Parts, strip: Strip, share: int, counter: Array) -> int:
+        batch, heads, groups, lq, lk, depth, width = x.sizes
+        shares, tasks, count = -(-lk // share), parts.top.shape[0], parts.top.shape[1]
+        q, s, line, bent = strip.q.ctypes.data, strip.s.ctypes.data, 4 * strip.q.shape[1], x.cap[0] > 0
+        k_now, k_next = strip.addresses.ctypes.data, strip.addresses.ctypes.data + 16 * KEYS
+        c = np.float32(x.cap[0] if bent else x.unit)
+        while True:
+            task = take(counter.ctypes.data)
+            if task >= tasks:
+                break
+            b, g = task // (groups * shares), task // shares % groups
+            h = g * (heads // groups)
+            at = Rows(b, g, h, 0, (b * heads + h) * lq, count, count == lq)
+            ends = begin(x, strip, at, LANES, LINES)
+            keys = x.k_length[b] if ends.least <= ends.greatest else 0
+            n, stop = task % shares * (share // KEYS), -(-min(keys, (task % shares + 1) * share) // KEYS)
+            m, o = parts.top[task].ctypes.data, parts.o[task].ctypes.data
+            o_line, sums, factor = 4 * parts.o.shape[2], strip.sums.ctypes.data, strip.factor.ctypes.data
+            parts.top[task] = LEAST
+            parts.o[task] = 0.0
+            strip.sums[:] = 0.0
+            while n < stop and not seen(x, at, ends, n):
+                n += 1
+            if n < stop:
+                find(x, strip.addresses, 0, at, n * KEYS, min(KEYS, keys - n * KEYS), SIZE)
+            while n < stop:
+                j, many, n = n * KEYS, min(KEYS, keys - n * KEYS), n + 1
+                while n < stop and not seen(x, at, ends, n):
+                    n += 1
+                if n < stop:
+                    find(x, strip.addresses, 2, at, n * KEYS, min(KEYS, keys - n * KEYS), SIZE)
+                for r in range(0, count - 3, 4):
+                    dots(FOUR, s + 4 * KEYS * r, q + line * r, line, k_now, k_next, many, depth, c)
+                if count & 2:
+                    r = count & ~3
+                    dots(TWO, s + 4 * KEYS * r, q + line * r, line, k_now, k_next, many, depth, c)
+                if count & 1:
+                    r = count - 1
+                    dots(ONE, s + 4 * KEYS * r, q + line * r, line, k_now, k_next, many, depth, c)
+                if bent:
+                    bend(SHAPE, s, count, np.float32(1.0), np.float32(x.cap[1]))
+                bias(SHAPE, x, strip, at, j, many)
+                veil(SHAPE, x, strip, at, ends, j, many)
+                if many < KEYS:
+                    strip.s[:, many:] = -np.inf
+                weights(SHAPE, s, m, sums, factor, count)
+                v_now, v_next = k_now + 8 * KEYS, k_next + 8 * KEYS
+                for r in range(0, count - 3, 4):
+                    blend(FOUR, o + o_line * r, o_line, factor + 4 * r, s + 4 * KEYS * r, v_now, v_next, many, width)
+                if count & 2:
+                    r = count & ~3
+                    blend(TWO, o + o_line * r, o_line, factor + 4 * r, s + 4 * KEYS * r, v_now, v_next, many, width)
+                if count & 1:
+                    r = count - 1
+                    blend(ONE, o + o_line * r, o_line, factor + 4 * r, s + 4 * KEYS * r, v_now, v_next, many, width)
+                strip.addresses[:2] = strip.addresses[2:]
+            for r in range(count):
+                total = np.float32(0.0)
+                for lane in range(LANES):
+                    total += strip.sums[r, lane]
+                parts.total[task, r] = total
+            if take(parts.ends.ctypes.data + 8 * (b * groups + g)) == shares - 1:
+                merge(x, results, parts, at, shares, LANES, LINES)
+        return VERSION
+
+    return decode

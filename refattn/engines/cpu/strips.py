@@ -1,0 +1,272 @@
+r"""Steps of the decode kernel on one tile of keys: a few rows of queries, lanes along the depth or along the keys.
+
+    dots     s[r,n] = c Σ_d q[r,d] k[n,d]                       lanes along d, then sums of lanes: lanes along n
+    weights  m' = max(m, s), w = exp2(s − m'), l' = l exp2(m − m') + Σ_n w[n]
+    blend    o[r] = exp2(m − m') o[r] + Σ_n w[r,n] v[n]         lanes along v's numbers
+
+Here a tile's row (`Lanes.row`) is one query's numbers for all keys of the tile. k and v are read where they lie, row by
+row, from lists of addresses. A *line* is what one read takes of such a row: a vector of stored numbers that becomes
+`parts` vectors of float32, part p the numbers p, p + parts, ... of the line. q and o are stored in that order, filled
+up to whole lines.
+
+A shape's `block` holds the rows of queries that are worked on at a time (1, 2 or 4) and, from bit 4, the storage.
+"""
+# ruff: noqa: PLR0917  Numba calls intrinsics by position
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+
+from refattn.engines.cpu.tiles import INFINITY
+from refattn.engines.cpu.vectors import F32, I32, I64, Lanes, inline
+
+# Of a storage, by its code: LLVM's type of a stored number, and parts of a line.
+F32_STORED, BF16_STORED, F16_STORED, I8_STORED = range(4)
+PARTS = (1, 2, 1, 4)
+_STORED = (F32, ir.IntType(16), ir.IntType(16), ir.IntType(8))
+LEAST = -float.fromhex("0x1.fffffep127")  # no logit that is a number lies below, and −∞ does
+
+
+class Reader:
+    """Reads lines of one storage."""
+
+    def __init__(self, x: Lanes) -> None:
+        self.x, self.rows, self.storage = x, x.block & 15, x.block >> 4
+        self.parts = PARTS[self.storage]
+        self.kind = ir.VectorType(_STORED[self.storage], x.width * self.parts)
+        self.bytes = (4, 2, 2, 1)[self.storage] * x.width * self.parts
+
+    def line(self, address: Any, live: Any = None) -> list[Any]:
+        """The parts of a line; where `live` is given, of its first `live` numbers and zeros."""
+        b, x = self.x.b, self.x
+        place = b.inttoptr(address, self.kind.as_pointer())
+        stored = b.load(place, align=1) if live is None else self._first(place, live)
+        if self.storage == F32_STORED:
+            return [stored]
+        if self.storage == F16_STORED:
+            return [self._half(stored)]
+        words = b.bitcast(stored, x.integers)
+        if self.storage == BF16_STORED:
+            high = x.integers([-65536] * x.width)
+            return [b.bitcast(a, x.floats) for a in (b.shl(words, self._bits(16)), b.and_(words, high))]
+        moved = [b.ashr(b.shl(words, self._bits(24 - 8 * n)), self._bits(24)) for n in range(4)]
+        return [b.sitofp(a, x.floats) for a in moved]
+
+    def _bits(self, count: int) -> Any:
+        return self.x.integers([count] * self.x.width)
+
+    def _first(self, place: Any, live: Any) -> Any:
+        b, count = self.x.b, self.kind.count
+        flags = ir.VectorType(ir.IntType(1), count)
+        wide = ir.VectorType(I32, count)
+        limit = b.insert_element(ir.Constant(wide, ir.Undefined), b.trunc(live, I32), I32(0))
+        limit = b.shuffle_vector(limit, ir.Constant(wide, ir.Undefined), wide([0] * count))
+        mask = b.icmp_signed("<", wide(list(range(count))), limit)
+        kind = ir.FunctionType(self.kind, [self.kind.as_pointer(), I32, flags, self.kind])
+        letter = "f32" if self.storage == F32_STORED else f"i{self.kind.element.width}"
+        name = f"llvm.masked.load.v{count}{letter}.p0"
+        function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
+        return b.call(function, [place, I32(1), mask, ir.Constant(self.kind, None)])
+
+    def _half(self, stored: Any) -> Any:
+        """Float16 by its bits, for not every processor converts it: 2^112 makes up for the other bias of exponents."""
+        b, x = self.x.b, self.x
+        words = b.zext(stored, x.integers)
+        size = b.shl(b.and_(words, x.integers([0x7FFF] * x.width)), self._bits(13))
+        number = b.bitcast(b.fmul(b.bitcast(size, x.floats), x.spread(2.0**112)), x.integers)
+        strange = b.icmp_unsigned(">=", size, x.integers([0x7C00 << 13] * x.width))
+        number = b.select(strange, b.or_(size, x.integers([0x7F800000] * x.width)), number)
+        sign = b.shl(b.and_(words, x.integers([0x8000] * x.width)), self._bits(16))
+        return b.bitcast(b.or_(number, sign), x.floats)
+
+    def ahead(self, address: Any) -> None:
+        """Have the line at an address brought near."""
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        name = "llvm.prefetch.p0"
+        function = self.x.b.module.globals.get(name) or ir.Function(self.x.b.module, kind, name)
+        self.x.b.call(function, [self.x.b.inttoptr(address, byte), I32(0), I32(2), I32(1)])
+
+
+def folded(x: Lanes, vectors: Sequence[Any]) -> Any:
+    """The vector whose lane i is the sum of the lanes of the i-th of `width` vectors."""
+    rows, step = list(vectors), 1
+    while step < x.width:
+        low = [c if not c & step else x.width + c - step for c in range(x.width)]
+        high = [c + step if not c & step else x.width + c for c in range(x.width)]
+        rows = [
+            x.b.fadd(x.mix(rows[i], rows[i + 1], low), x.mix(rows[i], rows[i + 1], high))
+            for i in range(0, len(rows), 2)
+        ]
+        step *= 2
+    return rows[0]
+
+
+def exchanged(x: Lanes, vectors: Sequence[Any], size: int) -> list[Any]:
+    """The square of vectors of blocks of `size` lanes with rows and columns exchanged."""
+    rows, step = list(vectors), 1
+    while step < len(rows):
+        jump = step * size
+        low = [c if not c & jump else x.width + c - jump for c in range(x.width)]
+        high = [c + jump if not c & jump else x.width + c for c in range(x.width)]
+        for i in range(len(rows)):
+            if not i & step:
+                a, c = rows[i], rows[i + step]
+                rows[i], rows[i + step] = x.mix(a, c, low), x.mix(a, c, high)
+        step *= 2
+    return rows
+
+
+def across(x: Lanes, vector: Any, join: Callable[[Any, Any], Any]) -> Any:
+    """All lanes of a vector joined, in every lane."""
+    step = 1
+    while step < x.width:
+        vector = join(vector, x.mix(vector, vector, [c ^ step for c in range(x.width)]))
+        step *= 2
+    return vector
+
+
+@inline
+def dots(x: Lanes, s: Any, q: Any, stride: Any, keys: Any, later: Any, count: Any, depth: Any, c: Any) -> None:
+    """s[r,n] = c q[r]·k[n] for n < count and the rows of a block; NaN for what is not finite.
+
+    q's rows are `stride` bytes apart. `keys` lists the addresses of the tile's keys, for n ≥ count too, up to a whole
+    vector; `later` those of the keys to be read next.
+    """
+    read, unit = Reader(x), x.spread(c)
+    each = x.width // read.rows
+    whole = x.b.sdiv(depth, I64(x.width * read.parts))
+    left = x.b.sub(depth, x.b.mul(whole, I64(x.width * read.parts)))
+    with x.each(x.b.sdiv(x.b.add(count, I64(x.width - 1)), I64(x.width))) as block:
+        found = []
+        for group in range(read.rows):
+            first = x.at(I64(8 * group * each), (block, 8 * x.width))
+            own, next_ = ([x.load(x.at(a, first, 8 * n), I64) for n in range(each)] for a in (keys, later))
+            sums = x.variables([x.spread(0.0)] * x.width)
+
+            def step(
+                line: Any, live: Any = None, own: Any = own, next_: Any = next_, sums: Any = sums
+            ) -> None:
+                queries = [
+                    [
+                        x.load(x.at(q, (stride, r), (line, 4 * x.width * read.parts), 4 * x.width * p))
+                        for p in range(read.parts)
+                    ]
+                    for r in range(read.rows)
+                ]
+                for n in range(each):
+                    read.ahead(x.at(next_[n], (line, read.bytes)))
+                    parts = read.line(x.at(own[n], (line, read.bytes)), live)
+                    for r in range(read.rows):
+                        place = sums[r * each + n]
+                        for query, part in zip(queries[r], parts, strict=True):
+                            x.b.store(x.fma(part, query, x.b.load(place)), place)
+
+            with x.each(whole) as line:
+                step(line)
+            with x.b.if_then(x.b.icmp_signed(">", left, I64(0))):
+                step(whole, left)
+            found.append(folded(x, [x.b.load(place) for place in sums]))
+        for r, sum_ in enumerate(exchanged(x, found, each)):
+            logits = x.b.fmul(sum_, unit)
+            # ∞ · 0 is NaN, so −∞ stands for what is masked and for nothing else.
+            x.store(x.fma(logits, x.spread(0.0), logits), x.at(s, (x.row, r), (block, 4 * x.width)))
+
+
+@inline
+def weights(x: Lanes, s: Any, m: Any, total: Any, factor: Any, count: Any) -> None:
+    """The logits of `count` rows become weights; m changes, `total` (a vector a row), and `factor` is what they do by."""
+    with x.each(count) as r:
+        row = x.at(s, (r, x.row))
+        logits, place = x.loads(row), x.at(m, (r, 4))
+        before = x.spread(x.load(place, F32))
+        top = logits[0]
+        for logit in logits[1:]:
+            top = x.largest(top, logit)
+        now = x.largest(across(x, top, x.largest), before)
+        change = x.exp2(x.b.fsub(before, now))
+        found = [x.exp2(x.b.fsub(logit, now)) for logit in logits]
+        sums = x.at(total, (r, 4 * x.width))
+        sum_ = x.b.fmul(change, x.load(sums))
+        for weight in found:
+            sum_ = x.b.fadd(sum_, weight)
+        x.store(sum_, sums)
+        x.stores(found, row)
+        x.store(x.b.extract_element(now, I32(0)), place)
+        x.store(x.b.extract_element(change, I32(0)), x.at(factor, (r, 4)))
+
+
+@inline
+def blend(
+    x: Lanes, o: Any, stride: Any, factor: Any, w: Any, values: Any, later: Any, count: Any, width: Any
+) -> None:
+    """o[r] = factor[r] o[r] + Σ_n w[r,n] v[n] for the rows of a block, which are `stride` bytes apart."""
+    read = Reader(x)
+    whole = x.b.sdiv(width, I64(x.width * read.parts))
+    left = x.b.sub(width, x.b.mul(whole, I64(x.width * read.parts)))
+    by = [x.spread(x.load(x.at(factor, 4 * r), F32)) for r in range(read.rows)]
+
+    def block(line: Any, lines: int, live: Any = None) -> None:
+        places = [
+            [
+                x.at(o, (stride, r), (line, 4 * x.width * read.parts), 4 * x.width * n)
+                for n in range(lines * read.parts)
+            ]
+            for r in range(read.rows)
+        ]
+        sums = [
+            x.variables([x.b.fmul(x.load(a), f) for a in row]) for row, f in zip(places, by, strict=True)
+        ]
+        with x.each(count) as n:
+            own, next_ = (x.at(x.load(x.at(a, (n, 8)), I64), (line, read.bytes)) for a in (values, later))
+            shares = [x.spread(x.load(x.at(w, (x.row, r), (n, 4)), F32)) for r in range(read.rows)]
+            for m in range(lines):
+                read.ahead(x.at(next_, m * read.bytes))
+                for p, part in enumerate(read.line(x.at(own, m * read.bytes), live)):
+                    for r in range(read.rows):
+                        place = sums[r][m * read.parts + p]
+                        x.b.store(x.fma(part, shares[r], x.b.load(place)), place)
+        for row, found in zip(places, sums, strict=True):
+            for a, place in zip(row, found, strict=True):
+                x.store(x.b.load(place), a)
+
+    most = {1: 8, 2: 8, 4: 4}[read.rows] // read.parts or 1
+    with x.each(x.b.sdiv(whole, I64(most))) as n:
+        block(x.b.mul(n, I64(most)), most)
+    size = most // 2
+    while size:
+        rest = x.b.and_(whole, I64(size))
+        with x.b.if_then(x.b.icmp_signed(">", rest, I64(0))):
+            block(x.b.sub(whole, x.b.and_(whole, I64(2 * size - 1))), size)
+        size //= 2
+    with x.b.if_then(x.b.icmp_signed(">", left, I64(0))):
+        block(whole, 1, left)
+
+
+@inline
+def sloped(x: Lanes, s: Any, count: Any, k_at: Any, q_at: Any, slope: Any) -> None:
+    """s[r,n] −= slope[r] |k_at[n] − q_at[r]|, positions int32."""
+    keys = x.loads_of(k_at, x.integers)
+    with x.each(count) as r:
+        row = x.at(s, (r, x.row))
+        place = x.spread(x.load(x.at(q_at, (r, 4)), I32))
+        steep = x.b.fneg(x.spread(x.load(x.at(slope, (r, 4)), F32)))
+        far = [x.magnitude(x.b.sitofp(x.b.sub(key, place), x.floats)) for key in keys]
+        x.stores([x.fma(f, steep, a) for f, a in zip(far, x.loads(row), strict=True)], row)
+
+
+@inline
+def added(x: Lanes, s: Any, count: Any, other: Any, factor: Any) -> None:
+    """s[r] += factor other[r]; −∞ in `other` masks whatever stands in s."""
+    by, hidden = x.spread(factor), x.spread(-INFINITY)
+    with x.each(count) as r:
+        row = x.at(s, (r, x.row))
+        terms = x.loads(x.at(other, (r, x.row)))
+        sums = [x.fma(term, by, a) for term, a in zip(terms, x.loads(row), strict=True)]
+        kept = [
+            x.b.select(x.b.fcmp_ordered("==", term, hidden), hidden, a) for term, a in zip(terms, sums, strict=True)
+        ]
+        x.stores(kept, row)
