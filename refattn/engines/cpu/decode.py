@@ -52,8 +52,8 @@ class Strip(NamedTuple):
     """A thread's scratch for R rows and a tile of keys.
 
     q (R, D in whole lines), s and a bias (R, KEYS), sums (R, lanes), a factor and a slope for each row; place, segment
-    (R,) int32; at (KEYS,) int32 positions or segments of keys; addresses (4, KEYS) int64 of the tile's keys and values
-    and of the next one's.
+    (R,) int32; at (KEYS,) int32 positions or segments of keys; addresses (2, 2 KEYS) int64 of keys and of values, the
+    tile's and the next one's.
     """
 
     q: Array
@@ -70,7 +70,7 @@ class Strip(NamedTuple):
 
 def strip(count: int, depth: int) -> Strip:
     """Scratch for so many rows, each part from a whole line of the cache on."""
-    shapes = [(count, depth), (count, KEYS), (count, KEYS), (count, lanes()), *[(count,)] * 4, (KEYS,), (4, 2 * KEYS)]
+    shapes = [(count, depth), (count, KEYS), (count, KEYS), (count, lanes()), *[(count,)] * 4, (KEYS,), (2, 4 * KEYS)]
     sizes = [math.prod(shape) for shape in shapes]
     starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
     memory = np.empty(starts[-1] + 16, np.float32)
@@ -135,17 +135,17 @@ def begin(x: Arrays, strip: Strip, at: Rows, lane: int, parts: int) -> Ends:
 
 
 @jit
-def find(x: Arrays, addresses: Array, which: int, at: Rows, j: int, count: int, size: int) -> None:
-    """Addresses of the tile of keys j to j + count and its values, and again of the last ones up to a whole tile.
+def find(x: Arrays, addresses: Array, start: int, at: Rows, j: int, count: int, size: int) -> None:
+    """Addresses of the keys j to j + count and of their values, and of the last ones again up to a whole tile.
 
-    Keys go to row `which`, values to the next; `size` is the bytes of a stored number.
+    They stand from column `start` on; `size` is the bytes of a stored number.
     """
     _, _, groups, _, lk, depth, width = x.sizes
     first = (at.b * groups + at.g) * lk + j
     k, v = x.k.ctypes.data + first * depth * size, x.v.ctypes.data + first * width * size
     for n in range(KEYS):
-        addresses[which, n] = k + min(n, count - 1) * depth * size
-        addresses[which + 1, n] = v + min(n, count - 1) * width * size
+        addresses[0, start + n] = k + min(n, count - 1) * depth * size
+        addresses[1, start + n] = v + min(n, count - 1) * width * size
 
 
 @jit
@@ -236,7 +236,7 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
         batch, heads, groups, lq, lk, depth, width = x.sizes
         shares, tasks, count = -(-lk // share), parts.top.shape[0], parts.top.shape[1]
         q, s, line, bent = strip.q.ctypes.data, strip.s.ctypes.data, 4 * strip.q.shape[1], x.cap[0] > 0
-        k_now, k_next = strip.addresses.ctypes.data, strip.addresses.ctypes.data + 16 * KEYS
+        k, v, k_ahead, v_ahead = strip.addresses[0].ctypes.data, strip.addresses[1].ctypes.data, 16, 16
         c = np.float32(x.cap[0] if bent else x.unit)
         while True:
             task = take(counter.ctypes.data)
@@ -262,15 +262,15 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
                 while n < stop and not seen(x, at, ends, n):
                     n += 1
                 if n < stop:
-                    find(x, strip.addresses, 2, at, n * KEYS, min(KEYS, keys - n * KEYS), SIZE)
+                    find(x, strip.addresses, KEYS, at, n * KEYS, min(KEYS, keys - n * KEYS), SIZE)
                 for r in range(0, count - 3, 4):
-                    dots(FOUR, s + 4 * KEYS * r, q + line * r, line, k_now, k_next, many, depth, c)
+                    dots(FOUR, s + 4 * KEYS * r, q + line * r, line, k, k_ahead, many, depth, c)
                 if count & 2:
                     r = count & ~3
-                    dots(TWO, s + 4 * KEYS * r, q + line * r, line, k_now, k_next, many, depth, c)
+                    dots(TWO, s + 4 * KEYS * r, q + line * r, line, k, k_ahead, many, depth, c)
                 if count & 1:
                     r = count - 1
-                    dots(ONE, s + 4 * KEYS * r, q + line * r, line, k_now, k_next, many, depth, c)
+                    dots(ONE, s + 4 * KEYS * r, q + line * r, line, k, k_ahead, many, depth, c)
                 if bent:
                     bend(SHAPE, s, count, np.float32(1.0), np.float32(x.cap[1]))
                 bias(SHAPE, x, strip, at, j, many)
@@ -278,16 +278,15 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
                 if many < KEYS:
                     strip.s[:, many:] = -np.inf
                 weights(SHAPE, s, m, sums, factor, count)
-                v_now, v_next = k_now + 8 * KEYS, k_next + 8 * KEYS
                 for r in range(0, count - 3, 4):
-                    blend(FOUR, o + o_line * r, o_line, factor + 4 * r, s + 4 * KEYS * r, v_now, v_next, many, width)
+                    blend(FOUR, o + o_line * r, o_line, factor + 4 * r, s + 4 * KEYS * r, v, v_ahead, many, width)
                 if count & 2:
                     r = count & ~3
-                    blend(TWO, o + o_line * r, o_line, factor + 4 * r, s + 4 * KEYS * r, v_now, v_next, many, width)
+                    blend(TWO, o + o_line * r, o_line, factor + 4 * r, s + 4 * KEYS * r, v, v_ahead, many, width)
                 if count & 1:
                     r = count - 1
-                    blend(ONE, o + o_line * r, o_line, factor + 4 * r, s + 4 * KEYS * r, v_now, v_next, many, width)
-                strip.addresses[:2] = strip.addresses[2:]
+                    blend(ONE, o + o_line * r, o_line, factor + 4 * r, s + 4 * KEYS * r, v, v_ahead, many, width)
+                strip.addresses[:, :KEYS] = strip.addresses[:, KEYS:]
             for r in range(count):
                 total = np.float32(0.0)
                 for lane in range(LANES):

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
+from numba.core import cgutils
 
 from refattn.engines.cpu.tiles import INFINITY
 from refattn.engines.cpu.vectors import F32, I32, I64, Lanes, inline
@@ -27,6 +28,9 @@ from refattn.engines.cpu.vectors import F32, I32, I64, Lanes, inline
 F32_STORED, BF16_STORED, F16_STORED, I8_STORED = range(4)
 PARTS = (1, 2, 1, 4)
 _STORED = (F32, ir.IntType(16), ir.IntType(16), ir.IntType(8))
+MODE = 2
+AT_A_TIME = 16  # keys whose values are added up at a time
+LINES = {1: 8, 2: 8, 4: 4}  # of float32, by rows: sums that fit the registers
 LEAST = -float.fromhex("0x1.fffffep127")  # no logit that is a number lies below, and −∞ does
 
 
@@ -84,25 +88,28 @@ class Reader:
 
     def ahead(self, address: Any) -> None:
         """Have the line at an address brought near."""
+        if MODE == 0:
+            return
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         name = "llvm.prefetch.p0"
         function = self.x.b.module.globals.get(name) or ir.Function(self.x.b.module, kind, name)
-        self.x.b.call(function, [self.x.b.inttoptr(address, byte), I32(0), I32(2), I32(1)])
+        self.x.b.call(function, [self.x.b.inttoptr(address, byte), I32(0), I32(MODE), I32(1)])
 
 
-def folded(x: Lanes, vectors: Sequence[Any]) -> Any:
-    """The vector whose lane i is the sum of the lanes of the i-th of `width` vectors."""
-    rows, step = list(vectors), 1
-    while step < x.width:
+def folded(x: Lanes, vectors: Sequence[Any], step: int = 1) -> list[Any]:
+    """Neighbours joined by sums of lanes until one is left, or all lanes are sums.
+
+    From step 1 on, lane i of what is left is a sum of lanes of the vector number i modulo how many there were. More
+    such vectors are joined from a step of as many lanes on.
+    """
+    rows = list(vectors)
+    while step < x.width and len(rows) > 1:
         low = [c if not c & step else x.width + c - step for c in range(x.width)]
         high = [c + step if not c & step else x.width + c for c in range(x.width)]
-        rows = [
-            x.b.fadd(x.mix(rows[i], rows[i + 1], low), x.mix(rows[i], rows[i + 1], high))
-            for i in range(0, len(rows), 2)
-        ]
+        rows = [x.b.fadd(x.mix(a, c, low), x.mix(a, c, high)) for a, c in zip(rows[::2], rows[1::2], strict=True)]
         step *= 2
-    return rows[0]
+    return rows
 
 
 def exchanged(x: Lanes, vectors: Sequence[Any], size: int) -> list[Any]:
@@ -129,51 +136,66 @@ def across(x: Lanes, vector: Any, join: Callable[[Any, Any], Any]) -> Any:
     return vector
 
 
+def by_row(x: Lanes, found: Sequence[Any], rows: int, each: int) -> list[Any]:
+    """A vector for each row, of its sums with the keys in order.
+
+    `found` are the sums of as many equal stretches of the keys: lane (m rows + r) each + k is row r and key k of the
+    m-th part of a stretch.
+    """
+    if rows == 4:
+        return exchanged(x, found, each)
+    if rows == 1:
+        return list(found)
+    half = x.width // 2
+    lanes = [n // half * x.width + n % half // each * 2 * each + n % each for n in range(x.width)]
+    return [x.mix(found[0], found[1], [n + r * each for n in lanes]) for r in range(rows)]
+
+
 @inline
-def dots(x: Lanes, s: Any, q: Any, stride: Any, keys: Any, later: Any, count: Any, depth: Any, c: Any) -> None:
+def dots(x: Lanes, s: Any, q: Any, stride: Any, keys: Any, ahead: Any, count: Any, depth: Any, c: Any) -> None:
     """s[r,n] = c q[r]·k[n] for n < count and the rows of a block; NaN for what is not finite.
 
     q's rows are `stride` bytes apart. `keys` lists the addresses of the tile's keys, for n ≥ count too, up to a whole
-    vector; `later` those of the keys to be read next.
+    vector, and then of the keys to be read next: the one `ahead` places on is brought near.
     """
     read, unit = Reader(x), x.spread(c)
-    each = x.width // read.rows
+    each = min(4, x.width // read.rows)  # keys at a time: few, so that memory is read nearly in order
     whole = x.b.sdiv(depth, I64(x.width * read.parts))
     left = x.b.sub(depth, x.b.mul(whole, I64(x.width * read.parts)))
+    partial = cgutils.alloca_once(x.b, ir.ArrayType(x.floats, x.width // each))  # type: ignore[no-untyped-call]
+    partial = x.b.ptrtoint(partial, I64)
     with x.each(x.b.sdiv(x.b.add(count, I64(x.width - 1)), I64(x.width))) as block:
-        found = []
-        for group in range(read.rows):
-            first = x.at(I64(8 * group * each), (block, 8 * x.width))
-            own, next_ = ([x.load(x.at(a, first, 8 * n), I64) for n in range(each)] for a in (keys, later))
-            sums = x.variables([x.spread(0.0)] * x.width)
+        with x.each(x.width // each) as group:
+            first = x.at(I64(0), (block, 8 * x.width), (group, 8 * each))
+            own, next_ = (
+                [x.load(x.at(keys, first, (far, 8), 8 * n), I64) for n in range(each)] for far in (0, ahead)
+            )
+            sums = x.variables([x.spread(0.0)] * (read.rows * each))
 
-            def step(
-                line: Any, live: Any = None, own: Any = own, next_: Any = next_, sums: Any = sums
-            ) -> None:
+            def step(line: Any, live: Any = None) -> None:
+                offset = x.at(I64(0), (line, 4 * x.width * read.parts))
                 queries = [
-                    [
-                        x.load(x.at(q, (stride, r), (line, 4 * x.width * read.parts), 4 * x.width * p))
-                        for p in range(read.parts)
-                    ]
+                    [x.load(x.at(q, (stride, r), offset, 4 * x.width * p)) for p in range(read.parts)]
                     for r in range(read.rows)
                 ]
                 for n in range(each):
                     read.ahead(x.at(next_[n], (line, read.bytes)))
                     parts = read.line(x.at(own[n], (line, read.bytes)), live)
                     for r in range(read.rows):
-                        place = sums[r * each + n]
                         for query, part in zip(queries[r], parts, strict=True):
+                            place = sums[r * each + n]
                             x.b.store(x.fma(part, query, x.b.load(place)), place)
 
             with x.each(whole) as line:
                 step(line)
             with x.b.if_then(x.b.icmp_signed(">", left, I64(0))):
                 step(whole, left)
-            found.append(folded(x, [x.b.load(place) for place in sums]))
-        for r, sum_ in enumerate(exchanged(x, found, each)):
+            x.store(folded(x, [x.b.load(place) for place in sums])[0], x.at(partial, (group, 4 * x.width)))
+        found = [x.load(x.at(partial, 4 * x.width * n)) for n in range(x.width // each)]
+        for r, sum_ in enumerate(by_row(x, folded(x, found, read.rows * each), read.rows, each)):
             logits = x.b.fmul(sum_, unit)
             # ∞ · 0 is NaN, so −∞ stands for what is masked and for nothing else.
-            x.store(x.fma(logits, x.spread(0.0), logits), x.at(s, (x.row, r), (block, 4 * x.width)))
+            x.store(x.fma(logits, x.spread(0.0), logits), x.at(s, x.row * r, (block, 4 * x.width)))
 
 
 @inline
@@ -201,15 +223,15 @@ def weights(x: Lanes, s: Any, m: Any, total: Any, factor: Any, count: Any) -> No
 
 @inline
 def blend(
-    x: Lanes, o: Any, stride: Any, factor: Any, w: Any, values: Any, later: Any, count: Any, width: Any
+    x: Lanes, o: Any, stride: Any, factor: Any, w: Any, values: Any, ahead: Any, count: Any, width: Any
 ) -> None:
     """o[r] = factor[r] o[r] + Σ_n w[r,n] v[n] for the rows of a block, which are `stride` bytes apart."""
     read = Reader(x)
     whole = x.b.sdiv(width, I64(x.width * read.parts))
     left = x.b.sub(width, x.b.mul(whole, I64(x.width * read.parts)))
-    by = [x.spread(x.load(x.at(factor, 4 * r), F32)) for r in range(read.rows)]
+    most = max(LINES[read.rows] // read.parts, 1)
 
-    def block(line: Any, lines: int, live: Any = None) -> None:
+    def block(begin: Any, many: Any, by: list[Any], line: Any, lines: int, live: Any = None) -> None:
         places = [
             [
                 x.at(o, (stride, r), (line, 4 * x.width * read.parts), 4 * x.width * n)
@@ -217,33 +239,38 @@ def blend(
             ]
             for r in range(read.rows)
         ]
-        sums = [
-            x.variables([x.b.fmul(x.load(a), f) for a in row]) for row, f in zip(places, by, strict=True)
-        ]
-        with x.each(count) as n:
-            own, next_ = (x.at(x.load(x.at(a, (n, 8)), I64), (line, read.bytes)) for a in (values, later))
+        sums = [x.variables([x.b.fmul(x.load(a), f) for a in row]) for row, f in zip(places, by, strict=True)]
+        with x.each(many) as m:
+            n = x.b.add(begin, m)
+            own, next_ = (
+                x.at(x.load(x.at(values, (n, 8), (far, 8)), I64), (line, read.bytes)) for far in (0, ahead)
+            )
             shares = [x.spread(x.load(x.at(w, (x.row, r), (n, 4)), F32)) for r in range(read.rows)]
-            for m in range(lines):
-                read.ahead(x.at(next_, m * read.bytes))
-                for p, part in enumerate(read.line(x.at(own, m * read.bytes), live)):
+            for d in range(lines):
+                read.ahead(x.at(next_, d * read.bytes))
+                for p, part in enumerate(read.line(x.at(own, d * read.bytes), live)):
                     for r in range(read.rows):
-                        place = sums[r][m * read.parts + p]
+                        place = sums[r][d * read.parts + p]
                         x.b.store(x.fma(part, shares[r], x.b.load(place)), place)
         for row, found in zip(places, sums, strict=True):
             for a, place in zip(row, found, strict=True):
                 x.store(x.b.load(place), a)
 
-    most = {1: 8, 2: 8, 4: 4}[read.rows] // read.parts or 1
-    with x.each(x.b.sdiv(whole, I64(most))) as n:
-        block(x.b.mul(n, I64(most)), most)
-    size = most // 2
-    while size:
-        rest = x.b.and_(whole, I64(size))
-        with x.b.if_then(x.b.icmp_signed(">", rest, I64(0))):
-            block(x.b.sub(whole, x.b.and_(whole, I64(2 * size - 1))), size)
-        size //= 2
-    with x.b.if_then(x.b.icmp_signed(">", left, I64(0))):
-        block(whole, 1, left)
+    with x.each(x.b.sdiv(x.b.add(count, I64(AT_A_TIME - 1)), I64(AT_A_TIME))) as turn:
+        begin = x.b.mul(turn, I64(AT_A_TIME))
+        rest = x.b.sub(count, begin)
+        many = x.b.select(x.b.icmp_signed("<", rest, I64(AT_A_TIME)), rest, I64(AT_A_TIME))
+        first = x.b.icmp_signed("==", turn, I64(0))
+        by = [x.spread(x.b.select(first, x.load(x.at(factor, 4 * r), F32), F32(1.0))) for r in range(read.rows)]
+        with x.each(x.b.sdiv(whole, I64(most))) as n:
+            block(begin, many, by, x.b.mul(n, I64(most)), most)
+        size = most // 2
+        while size:
+            with x.b.if_then(x.b.icmp_signed(">", x.b.and_(whole, I64(size)), I64(0))):
+                block(begin, many, by, x.b.sub(whole, x.b.and_(whole, I64(2 * size - 1))), size)
+            size //= 2
+        with x.b.if_then(x.b.icmp_signed(">", left, I64(0))):
+            block(begin, many, by, whole, 1, left)
 
 
 @inline
