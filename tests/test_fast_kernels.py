@@ -18,7 +18,7 @@ import refattn as ra
 from refattn import api
 from refattn.bound import BoundSpace
 from refattn.engines import cpu
-from refattn.engines.cpu import _jit, fast, forward, logits, pool, tiles, unread, vectors, work
+from refattn.engines.cpu import _jit, fast, forward, logits, pool, sight, tiles, unread, vectors, work
 from refattn.engines.cpu.vectors import Lanes, inline
 from refattn.profiles import FLOAT32
 
@@ -245,7 +245,7 @@ def test_an_edited_file_is_another_stamp(tmp_path):
     assert len({_jit.stamp(a), _jit.stamp(b), _jit.stamp(a, b), _jit.stamp()}) == 4
     assert _jit.stamp(a) == _jit.stamp(a)
     kernel = forward.kernel(forward.shape_for(1, 1))
-    assert _jit.stamp(logits, tiles, vectors, work) in {cell.cell_contents for cell in kernel.py_func.__closure__}
+    assert _jit.stamp(logits, sight, tiles, vectors, work) in {cell.cell_contents for cell in kernel.py_func.__closure__}
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])

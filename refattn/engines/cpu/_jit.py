@@ -29,6 +29,15 @@ def jit(function: Kernel) -> Kernel:
     return cast("Kernel", numba.njit(cache=True, nogil=True, error_model="numpy")(function))
 
 
+def bare(function: Kernel) -> Kernel:
+    """As `jit`, for what allocates no array: without counting references.
+
+    Numba counts one for each array of a tuple at each call, with an atomic operation on memory that all threads share.
+    """
+    options: dict[str, Any] = {"_nrt": False}
+    return cast("Kernel", numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function))
+
+
 def stamp(*modules: ModuleType) -> int:
     """A number that changes with the text of the modules and with llvmlite."""
     found = zlib.crc32(llvmlite.__version__.encode())

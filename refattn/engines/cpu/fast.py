@@ -48,7 +48,8 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
     shape = shape_for(heads // groups, lq)
     tasks = batch * groups * tiles_of(heads // groups, lq, shape.rows)
     work = lse.size * lk * (depth + width)
-    together(kernel(shape), lambda: (x, results, scratch(shape.rows, depth, width), counter), tasks, work)
+    sizes = shape.rows, depth, width, shape.storage
+    together(kernel(shape), lambda: (x, results, scratch(*sizes), counter), tasks, work)
     return out, lse, redo
 
 
@@ -68,8 +69,7 @@ def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:
     slopes = [b.slopes for b in plan.bias if isinstance(b, Slope)]
     table, zero = _table(plan, heads)
     dense = [b.values for b in plan.bias if isinstance(b, Dense)]
-    if plan.mask is not None:
-        dense.append(np.where(plan.mask, np.float32(0), np.float32(-np.inf)))
+    masks, mask_strides = stacked([] if plan.mask is None else [plan.mask], np.bool_)
     biases, bias_strides = stacked(dense, np.float32)
     return Arrays(
         sizes=(batch, heads, groups, lq, lk, depth, width),
@@ -95,6 +95,8 @@ def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:
         evenly=bool(table.size) and _evenly(q_at) and _evenly(k_at),
         biases=biases,
         bias_strides=bias_strides,
+        masks=masks,
+        mask_strides=mask_strides,
         sink=_in_base_2(np.full(heads, BOTTOM / LOG2E) if plan.sink is None else np.maximum(plan.sink, BOTTOM / LOG2E)),
     )
 

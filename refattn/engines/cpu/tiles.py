@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from refattn.engines.cpu.vectors import F32, I32, Lanes, inline
+from llvmlite import ir
+
+from refattn.engines.cpu.vectors import F32, I8, I32, Lanes, inline
 
 BOTTOM = -(2.0**127)  # stands for −∞ as a running maximum: two of them have a difference
 INFINITY = float("inf")
@@ -142,6 +144,17 @@ def hide(x: Lanes, s: Any, count: Any, k_at: Any, q_at: Any, low: Any, reach: An
 
 
 @inline
+def keep(x: Lanes, s: Any, count: Any, other: Any) -> None:
+    """−∞ where other[n] is not 0."""
+
+    def change(n: Any, row: list[Any]) -> list[Any]:
+        seen = [x.b.fcmp_ordered("==", o, x.spread(0.0)) for o in x.loads(x.at(other, (n, x.row)))]
+        return [x.b.select(c, a, x.spread(-INFINITY)) for c, a in zip(seen, row, strict=True)]
+
+    sweep(x, s, count, change)
+
+
+@inline
 def part(x: Lanes, s: Any, count: Any, k_segment: Any, q_segment: Any) -> None:
     """−∞ where k_segment[n] is not q_segment, int32."""
     own = x.loads_of(q_segment, x.integers)
@@ -154,16 +167,45 @@ def part(x: Lanes, s: Any, count: Any, k_segment: Any, q_segment: Any) -> None:
     sweep(x, s, count, change)
 
 
+def squares(x: Lanes, to: Any, source: Any, sizes: tuple[Any, Any], strides: tuple[Any, Any, int], read: Any) -> None:
+    """to[c][r] = read(source[r][c]) for whole squares of `width` numbers; strides in bytes: to, source, one number."""
+    width, (rows, columns), (to_stride, stride, step) = x.index(x.width), sizes, strides
+    with x.each(x.b.sdiv(rows, width)) as i, x.each(x.b.sdiv(columns, width)) as j:
+        r, c = x.b.mul(i, width), x.b.mul(j, width)
+        begin, end = x.at(source, (r, stride), (c, step)), x.at(to, (c, to_stride), (r, 4))
+        square = x.transposed([read(x.at(begin, (x.index(n), stride))) for n in range(x.width)])
+        for n, row in enumerate(square):
+            x.store(row, x.at(end, (x.index(n), to_stride)))
+
+
 @inline
 def turn(x: Lanes, to: Any, source: Any, rows: Any, columns: Any, to_stride: Any, stride: Any) -> None:
     """to[c][r] = source[r][c] for whole squares of `width` numbers; both strides in bytes."""
-    width = x.index(x.width)
-    with x.each(x.b.sdiv(rows, width)) as i, x.each(x.b.sdiv(columns, width)) as j:
-        r, c = x.b.mul(i, width), x.b.mul(j, width)
-        begin, end = x.at(source, (r, stride), (c, 4)), x.at(to, (c, to_stride), (r, 4))
-        square = x.transposed([x.load(x.at(begin, (x.index(n), stride))) for n in range(x.width)])
-        for n, row in enumerate(square):
-            x.store(row, x.at(end, (x.index(n), to_stride)))
+    squares(x, to, source, (rows, columns), (to_stride, stride, 4), x.load)
+
+
+@inline
+def turn_mask(x: Lanes, to: Any, source: Any, rows: Any, columns: Any, to_stride: Any, stride: Any) -> None:
+    """As `turn`, from booleans: 0 for True, −∞ for False."""
+
+    def read(address: Any) -> Any:
+        seen = x.b.icmp_unsigned("!=", x.load(address, ir.VectorType(I8, x.width)), ir.VectorType(I8, x.width)(None))
+        return x.b.select(seen, x.spread(0.0), x.spread(-INFINITY))
+
+    squares(x, to, source, (rows, columns), (to_stride, stride, 1), read)
+
+
+@inline
+def widen(x: Lanes, to: Any, source: Any, count: Any) -> None:
+    """`count` float32 from numbers as they are stored; contiguous."""
+    whole = x.b.sdiv(count, x.index(x.width))
+    with x.each(whole) as n:
+        at = x.b.mul(n, x.index(x.width))
+        x.store(x.stored(x.at(source, (at, 2))), x.at(to, (at, 4)))
+    rest = x.b.mul(whole, x.index(x.width))
+    with x.each(x.b.sub(count, rest)) as n:
+        at = x.b.add(rest, n)
+        x.store(x.one(x.at(source, (at, 2))), x.at(to, (at, 4)))
 
 
 @inline

@@ -15,7 +15,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # storages
 
 # 2^f = 1 + f p(f) for |f| ≤ ½, coefficients from the least power: the minimax fit of relative error rounded to float32.
 _EXP2 = "0x1.62e42ap-1 0x1.ebf9bcp-3 0x1.c6b752p-5 0x1.3cea88p-7 0x1.5bba14p-10"
@@ -31,13 +32,16 @@ MAGIC = 1.5 * 2.0**23 + 127.0
 class Lanes:
     """Emits operations on `vectors` vectors of `width` float32; a tile's row is all of them, one lane for each query.
 
-    Memory is addressed by integers, in bytes; an address need not be aligned.
+    Memory is addressed by integers, in bytes; an address need not be aligned. The shape is a number, for Numba takes no
+    other literals: block + 2⁸ vectors + 2¹⁶ width + 2²⁴ storage + 2²⁸ stride, where `storage` is how k and v lie in
+    memory, and a row begins `stride` vectors after the one before, or `vectors` if it is 0.
     """
 
     def __init__(self, builder: Any, shape: int) -> None:
         self.b = builder
-        self.width, self.vectors, self.block = shape >> 16, shape >> 8 & 255, shape & 255
-        self.row = 4 * self.width * self.vectors
+        self.width, self.vectors, self.block = shape >> 16 & 255, shape >> 8 & 255, shape & 255
+        self.storage = shape >> 24 & 15
+        self.row = 4 * self.width * (shape >> 28 or self.vectors)
         self.floats, self.integers = ir.VectorType(F32, self.width), ir.VectorType(I32, self.width)
 
     def at(self, base: Any, *terms: Any) -> Any:
@@ -55,7 +59,9 @@ class Lanes:
     def load(self, address: Any, kind: Any = None) -> Any:
         """A vector of float32, or what else `kind` says."""
         kind = kind or self.floats
-        return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=4)
+        size = str(getattr(kind, "element", kind))
+        align = {"i8": 1, "i16": 2, "half": 2}.get(size, 4)
+        return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=align)
 
     def store(self, value: Any, address: Any) -> None:
         """Store a vector."""
@@ -73,6 +79,23 @@ class Lanes:
         """Store a tile's row."""
         for n, value in enumerate(row):
             self.store(value, self.at(address, 4 * self.width * n))
+
+    def stored(self, address: Any) -> Any:
+        """A vector of float32 from where k or v lie as `storage` says."""
+        return self._widened(address, self.width)
+
+    def one(self, address: Any) -> Any:
+        """One float32 from where k or v lie as `storage` says."""
+        return self.b.extract_element(self._widened(address, 1), I32(0))
+
+    def _widened(self, address: Any, width: int) -> Any:
+        floats, integers = ir.VectorType(F32, width), ir.VectorType(I32, width)
+        if self.storage == FLOAT32:
+            return self.load(address, floats)
+        if self.storage == BFLOAT16:
+            bits = self.b.zext(self.load(address, ir.VectorType(I16, width)), integers)
+            return self.b.bitcast(self.b.shl(bits, integers([16] * width)), floats)
+        return self.b.fpext(self.load(address, ir.VectorType(ir.HalfType(), width)), floats)
 
     def spread(self, scalar: Any) -> Any:
         """The same number in every lane; a Python number is a float32."""
