@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu import fast, score, unread, work
+from refattn.engines.cpu import decode, fast, score, unread, work
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.errors import ShapeError, Unsupported
@@ -81,7 +81,8 @@ def _outputs(plan: Score, kind: type[np.floating[Any]]) -> dict[str, NDArray[Any
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(plan, kind))
     q, k, v = (converted(leaf, kind) for leaf in (plan.q, plan.k, plan.v))
-    q, k = (a if work.finite(a.reshape(-1)) else rows(a) for a in (q, k))
+    if not decode.suits(q.shape[1], k.shape[1], q.shape[2]):
+        q, k = (a if work.finite(a.reshape(-1)) else rows(a) for a in (q, k))
     out, lse, redo = fast.run(plan, q, k, v)
     if redo.any():
         again, finite = prepare(plan, kind), np.isfinite(v)

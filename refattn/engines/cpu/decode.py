@@ -1,6 +1,6 @@
 r"""The decode kernel: few rows of queries for each key head, and many keys, of which each is read once.
 
-One task is a *share*: a stretch of the keys of one key head, met by the rows of all query heads that read it; `strips`
+One task is a *share*: a stretch of the keys of one key head, met by the rows of all query heads that read it; `dots`
 has its steps. A share leaves a part: for each row the maximum m of its logits, the sum l of its weights and o. Who
 ends the last share of a key head merges its parts, in the order of the keys:
 
@@ -22,13 +22,14 @@ from typing import NamedTuple
 import numpy as np
 from numba import literally  # type: ignore[attr-defined]
 
-from refattn.engines.cpu import logits, strips, tiles, vectors, work
-from refattn.engines.cpu._jit import jit, lanes, stamp
-from refattn.engines.cpu.logits import seen
+from refattn.engines.cpu import dots as steps
+from refattn.engines.cpu import sight, tiles, vectors, work
+from refattn.engines.cpu._jit import bare, lanes, stamp
+from refattn.engines.cpu.dots import BYTES, LEAST, PARTS, added, blend, dots, sloped, weights
 from refattn.engines.cpu.pool import together
-from refattn.engines.cpu.strips import LEAST, PARTS, added, blend, dots, sloped, weights
-from refattn.engines.cpu.tiles import BOTTOM, bend, hide, part
-from refattn.engines.cpu.vectors import take
+from refattn.engines.cpu.sight import MASKS, NOTHING, POSITIONS, SEGMENTS, see
+from refattn.engines.cpu.tiles import BOTTOM, bend, hide, keep, part
+from refattn.engines.cpu.vectors import FLOAT32, take
 from refattn.engines.cpu.work import KEYS, LN2, LOG2E, Array, Arrays, Ends, Results, Rows
 
 MOST = 16  # rows of a key head
@@ -48,7 +49,7 @@ class Parts(NamedTuple):
     ends: Array
 
 
-class Strip(NamedTuple):
+class Scratch(NamedTuple):
     """A thread's scratch for R rows and a tile of keys.
 
     q (R, D in whole lines), s and a bias (R, KEYS), sums (R, lanes), a factor and a slope for each row; place, segment
@@ -68,7 +69,7 @@ class Strip(NamedTuple):
     addresses: Array
 
 
-def strip(count: int, depth: int) -> Strip:
+def scratch(count: int, depth: int) -> Scratch:
     """Scratch for so many rows, each part from a whole line of the cache on."""
     shapes = [(count, depth), (count, KEYS), (count, KEYS), (count, lanes()), *[(count,)] * 4, (KEYS,), (2, 4 * KEYS)]
     sizes = [math.prod(shape) for shape in shapes]
@@ -79,7 +80,7 @@ def strip(count: int, depth: int) -> Strip:
         memory[skipped + start : skipped + start + size].reshape(shape)
         for start, size, shape in zip(starts, sizes, shapes, strict=False)
     ]
-    return Strip(*found[:6], *(a.view(np.int32) for a in found[6:9]), found[9].view(np.int64))
+    return Scratch(*found[:6], *(a.view(np.int32) for a in found[6:9]), found[9].view(np.int64))
 
 
 def in_lines(size: int, storage: int) -> int:
@@ -93,7 +94,12 @@ def share_of(heads: int, lk: int) -> int:
     return max(_LEAST, -(-lk * heads // _TASKS // KEYS) * KEYS)
 
 
-def run(x: Arrays, storage: int = 0) -> tuple[Array, Array, Array]:
+def suits(heads: int, groups: int, lq: int) -> bool:
+    """Whether so few rows of queries share a key head that this kernel is the faster one."""
+    return heads // groups * lq <= MOST
+
+
+def run(x: Arrays, storage: int = FLOAT32) -> tuple[Array, Array, Array]:
     """Out (B,Hq,Lq,Dv), lse (B,Hq,Lq) and which rows are to be made again."""
     batch, heads, groups, lq, lk, depth, width = x.sizes
     shape = (batch, heads, lq)
@@ -106,35 +112,35 @@ def run(x: Arrays, storage: int = 0) -> tuple[Array, Array, Array]:
     counter = np.zeros(1, np.int64)
     together(
         kernel(lanes(), storage),
-        lambda: (x, results, parts, strip(count, in_lines(depth, storage)), share, counter),
+        lambda: (x, results, parts, scratch(count, in_lines(depth, storage)), share, counter),
         tasks,
         lse.size * lk * (depth + width),
     )
     return out, lse, redo
 
 
-@jit
-def begin(x: Arrays, strip: Strip, at: Rows, lane: int, parts: int) -> Ends:
+@bare
+def begin(x: Arrays, tile: Scratch, at: Rows, lane: int, parts: int) -> Ends:
     """Begin a share: the rows of a key head, q by lines."""
     lq, depth, b = x.sizes[3], x.sizes[5], at.b
     least, greatest, low, high = 1 << 40, -(1 << 40), 1 << 40, -(1 << 40)
     line = lane * parts
     for r in range(at.rows):
         i, h = r % lq, at.h + r // lq
-        strip.place[r] = place = x.q_at[b % x.q_at.shape[0], i]
-        strip.segment[r] = segment = x.q_segment[b % x.q_segment.shape[0], i]
-        strip.slope[r] = x.slopes[h]
+        tile.place[r] = place = x.q_at[b % x.q_at.shape[0], i]
+        tile.segment[r] = segment = x.q_segment[b % x.q_segment.shape[0], i]
+        tile.slope[r] = x.slopes[h]
         if i < x.q_length[b]:
             least, greatest = min(least, place), max(greatest, place)
             low, high = min(low, segment), max(high, segment)
-        for d in range(strip.q.shape[1]):
+        for d in range(tile.q.shape[1]):
             p = d // lane % parts
             source = d // line * line + d % lane * parts + p
-            strip.q[r, d] = np.float32(x.sign) * x.q[(at.first + r) * depth + source] if source < depth else 0.0
+            tile.q[r, d] = np.float32(x.sign) * x.q[(at.first + r) * depth + source] if source < depth else 0.0
     return Ends(least, greatest, low, high)
 
 
-@jit
+@bare
 def find(x: Arrays, addresses: Array, start: int, at: Rows, j: int, count: int, size: int) -> None:
     """Addresses of the keys j to j + count and of their values, and of the last ones again up to a whole tile.
 
@@ -148,51 +154,62 @@ def find(x: Arrays, addresses: Array, start: int, at: Rows, j: int, count: int, 
         addresses[1, start + n] = v + min(n, count - 1) * width * size
 
 
-@jit
-def veil(shape: int, x: Arrays, strip: Strip, at: Rows, ends: Ends, j: int, count: int) -> None:
-    """−∞ in strip.s for pairs that positions or segments mask, where the tile has both kinds."""
+@bare
+def veil(shape: int, x: Arrays, tile: Scratch, at: Rows, j: int, count: int, kinds: int) -> None:
+    """−∞ in tile.s for pairs that are masked; `kinds` as `sight.see` says."""
     literally(shape)
-    n, s = j // KEYS, strip.s.ctypes.data
-    near, far = x.k_ends[at.b % x.k_ends.shape[0], n]
-    low, high = x.span
-    if near - ends.greatest < low or far - ends.least > high:
-        strip.at[:count] = x.k_at[at.b % x.k_at.shape[0], j : j + count]
-        hide(shape, s, at.rows, strip.place.ctypes.data, strip.at.ctypes.data, -high, high - low)
-    first, last = x.k_parts[at.b % x.k_parts.shape[0], n]
-    if first != ends.part_high or last != ends.part_low:
-        strip.at[:count] = x.k_segment[at.b % x.k_segment.shape[0], j : j + count]
-        part(shape, s, at.rows, strip.segment.ctypes.data, strip.at.ctypes.data)
+    s, lq = tile.s.ctypes.data, x.sizes[3]
+    if kinds & POSITIONS:
+        low, high = x.span
+        copy(tile.at, x.k_at[at.b % x.k_at.shape[0]], j, count)
+        hide(shape, s, at.rows, tile.place.ctypes.data, tile.at.ctypes.data, -high, high - low)
+    if kinds & SEGMENTS:
+        copy(tile.at, x.k_segment[at.b % x.k_segment.shape[0]], j, count)
+        part(shape, s, at.rows, tile.segment.ctypes.data, tile.at.ctypes.data)
+    if kinds & MASKS:
+        for m in range(x.mask_strides.shape[0]):
+            start, of_b, of_h, of_i, of_j = x.mask_strides[m]
+            for r in range(at.rows):
+                first = start + at.b * of_b + (at.h + r // lq) * of_h + r % lq * of_i + j * of_j
+                for n in range(count):
+                    tile.bias[r, n] = 0.0 if x.masks[first + n * of_j] else -np.inf
+            keep(shape, s, at.rows, tile.bias.ctypes.data)
 
 
-@jit
-def bias(shape: int, x: Arrays, strip: Strip, at: Rows, j: int, count: int) -> None:
-    """Add all biases of a tile to strip.s."""
+@bare
+def copy(to: Array, numbers: Array, j: int, count: int) -> None:
+    """Numbers j to j + count."""
+    for n in range(count):
+        to[n] = numbers[j + n]
+
+
+@bare
+def bias(shape: int, x: Arrays, tile: Scratch, at: Rows, j: int, count: int) -> None:
+    """Add all biases of a tile to tile.s."""
     literally(shape)
-    lq, b, s = x.sizes[3], at.b, strip.s.ctypes.data
+    lq, b, s = x.sizes[3], at.b, tile.s.ctypes.data
     places = x.k_at[b % x.k_at.shape[0]]
     if x.sloping:
-        strip.at[:count] = places[j : j + count]
-        sloped(shape, s, at.rows, strip.at.ctypes.data, strip.place.ctypes.data, strip.slope.ctypes.data)
+        copy(tile.at, places, j, count)
+        sloped(shape, s, at.rows, tile.at.ctypes.data, tile.place.ctypes.data, tile.slope.ctypes.data)
     if x.table.shape[1] > 0:
         for r in range(at.rows):
-            h, column = at.h + r // lq, x.zero + strip.place[r]
+            h, column = at.h + r // lq, x.zero + tile.place[r]
             for n in range(count):
-                strip.bias[r, n] = x.table[h, column - places[j + n]]
-        added(shape, s, at.rows, strip.bias.ctypes.data, np.float32(1.0))
+                tile.bias[r, n] = x.table[h, column - places[j + n]]
+        added(shape, s, at.rows, tile.bias.ctypes.data, np.float32(1.0))
     for m in range(x.bias_strides.shape[0]):
         start, of_b, of_h, of_i, of_j = x.bias_strides[m]
         for r in range(at.rows):
             first = start + b * of_b + (at.h + r // lq) * of_h + r % lq * of_i + j * of_j
-            if of_j == 1:
-                strip.bias[r, :count] = x.biases[first : first + count]
-            else:
-                strip.bias[r, :count] = x.biases[first]
-        added(shape, s, at.rows, strip.bias.ctypes.data, np.float32(LOG2E))
+            for n in range(count):
+                tile.bias[r, n] = x.biases[first + n * of_j]
+        added(shape, s, at.rows, tile.bias.ctypes.data, np.float32(LOG2E))
 
 
-@jit
+@bare
 def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane: int, lines: int) -> None:
-    """Results of the rows of a key head from the parts of its shares; v's numbers lie in o as in `strips`."""
+    """Results of the rows of a key head from the parts of its shares; v's numbers lie in o as in `dots`."""
     _, _, groups, lq, _, _, width = x.sizes
     first, line = (at.b * groups + at.g) * shares, lane * lines
     for r in range(at.rows):
@@ -223,20 +240,31 @@ def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane
         results.lse[row] = -np.inf if total == 0.0 else LN2 * (float(top) + math.log2(total))
 
 
+@bare
+def visible(x: Arrays, at: Rows, ends: Ends, n: int, stop: int, keys: int) -> tuple[int, int]:
+    """The first tile of keys from n on, before `stop`, of which a row sees some, and what hides pairs of it."""
+    while n < stop:
+        kinds = see(x, at, ends, n, min(KEYS, keys - n * KEYS))
+        if kinds != NOTHING:
+            return n, kinds
+        n += 1
+    return n, NOTHING
+
+
 @cache
 def kernel(lane: int, storage: int) -> Callable[..., int]:
     """The compiled pass for vectors of so many lanes and a storage; threads share the counter of one number."""
-    SHAPE = lane << 16 | KEYS // lane << 8 | storage << 4
+    SHAPE = storage << 24 | lane << 16 | KEYS // lane << 8
     ONE, TWO, FOUR = SHAPE | 1, SHAPE | 2, SHAPE | 4
-    LANES, LINES, SIZE = lane, PARTS[storage], (4, 2, 2, 1)[storage]
-    VERSION = stamp(logits, strips, tiles, vectors, work)
+    LANES, LINES, SIZE = lane, PARTS[storage], BYTES[storage]
+    VERSION = stamp(sight, steps, tiles, vectors, work)
 
-    @jit
-    def decode(x: Arrays, results: Results, parts: Parts, strip: Strip, share: int, counter: Array) -> int:
+    @bare
+    def decode(x: Arrays, results: Results, parts: Parts, tile: Scratch, share: int, counter: Array) -> int:
         batch, heads, groups, lq, lk, depth, width = x.sizes
         shares, tasks, count = -(-lk // share), parts.top.shape[0], parts.top.shape[1]
-        q, s, line, bent = strip.q.ctypes.data, strip.s.ctypes.data, 4 * strip.q.shape[1], x.cap[0] > 0
-        k, v, k_ahead, v_ahead = strip.addresses[0].ctypes.data, strip.addresses[1].ctypes.data, 16, 16
+        q, s, line, bent = tile.q.ctypes.data, tile.s.ctypes.data, 4 * tile.q.shape[1], x.cap[0] > 0
+        k, v, k_ahead, v_ahead = tile.addresses[0].ctypes.data, tile.addresses[1].ctypes.data, 16, 16
         c = np.float32(x.cap[0] if bent else x.unit)
         while True:
             task = take(counter.ctypes.data)
@@ -245,24 +273,22 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
             b, g = task // (groups * shares), task // shares % groups
             h = g * (heads // groups)
             at = Rows(b, g, h, 0, (b * heads + h) * lq, count, count == lq)
-            ends = begin(x, strip, at, LANES, LINES)
+            ends = begin(x, tile, at, LANES, LINES)
             keys = x.k_length[b] if ends.least <= ends.greatest else 0
             n, stop = task % shares * (share // KEYS), -(-min(keys, (task % shares + 1) * share) // KEYS)
-            m, o = parts.top[task].ctypes.data, parts.o[task].ctypes.data
-            o_line, sums, factor = 4 * parts.o.shape[2], strip.sums.ctypes.data, strip.factor.ctypes.data
+            top, o = parts.top[task].ctypes.data, parts.o[task].ctypes.data
+            o_line, sums, factor = 4 * parts.o.shape[2], tile.sums.ctypes.data, tile.factor.ctypes.data
             parts.top[task] = LEAST
             parts.o[task] = 0.0
-            strip.sums[:] = 0.0
-            while n < stop and not seen(x, at, ends, n):
-                n += 1
+            tile.sums[:] = 0.0
+            n, kinds = visible(x, at, ends, n, stop, keys)
             if n < stop:
-                find(x, strip.addresses, 0, at, n * KEYS, min(KEYS, keys - n * KEYS), SIZE)
+                find(x, tile.addresses, 0, at, n * KEYS, min(KEYS, keys - n * KEYS), SIZE)
             while n < stop:
-                j, many, n = n * KEYS, min(KEYS, keys - n * KEYS), n + 1
-                while n < stop and not seen(x, at, ends, n):
-                    n += 1
+                j, many, hidden = n * KEYS, min(KEYS, keys - n * KEYS), kinds
+                n, kinds = visible(x, at, ends, n + 1, stop, keys)
                 if n < stop:
-                    find(x, strip.addresses, KEYS, at, n * KEYS, min(KEYS, keys - n * KEYS), SIZE)
+                    find(x, tile.addresses, KEYS, at, n * KEYS, min(KEYS, keys - n * KEYS), SIZE)
                 for r in range(0, count - 3, 4):
                     dots(FOUR, s + 4 * KEYS * r, q + line * r, line, k, k_ahead, many, depth, c)
                 if count & 2:
@@ -273,11 +299,12 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
                     dots(ONE, s + 4 * KEYS * r, q + line * r, line, k, k_ahead, many, depth, c)
                 if bent:
                     bend(SHAPE, s, count, np.float32(1.0), np.float32(x.cap[1]))
-                bias(SHAPE, x, strip, at, j, many)
-                veil(SHAPE, x, strip, at, ends, j, many)
-                if many < KEYS:
-                    strip.s[:, many:] = -np.inf
-                weights(SHAPE, s, m, sums, factor, count)
+                bias(SHAPE, x, tile, at, j, many)
+                veil(SHAPE, x, tile, at, j, many, hidden)
+                for r in range(count):
+                    for m in range(many, KEYS):
+                        tile.s[r, m] = -np.inf
+                weights(SHAPE, s, top, sums, factor, count)
                 for r in range(0, count - 3, 4):
                     blend(FOUR, o + o_line * r, o_line, factor + 4 * r, s + 4 * KEYS * r, v, v_ahead, many, width)
                 if count & 2:
@@ -286,11 +313,12 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
                 if count & 1:
                     r = count - 1
                     blend(ONE, o + o_line * r, o_line, factor + 4 * r, s + 4 * KEYS * r, v, v_ahead, many, width)
-                strip.addresses[:, :KEYS] = strip.addresses[:, KEYS:]
+                for m in range(KEYS):
+                    tile.addresses[0, m], tile.addresses[1, m] = tile.addresses[0, KEYS + m], tile.addresses[1, KEYS + m]
             for r in range(count):
                 total = np.float32(0.0)
                 for lane in range(LANES):
-                    total += strip.sums[r, lane]
+                    total += tile.sums[r, lane]
                 parts.total[task, r] = total
             if take(parts.ends.ctypes.data + 8 * (b * groups + g)) == shares - 1:
                 merge(x, results, parts, at, shares, LANES, LINES)

@@ -9,7 +9,7 @@ row, from lists of addresses. A *line* is what one read takes of such a row: a v
 `parts` vectors of float32, part p the numbers p, p + parts, ... of the line. q and o are stored in that order, filled
 up to whole lines.
 
-A shape's `block` holds the rows of queries that are worked on at a time (1, 2 or 4) and, from bit 4, the storage.
+A shape's `block` is how many rows of queries are worked on at a time: 1, 2 or 4.
 """
 # ruff: noqa: PLR0917  Numba calls intrinsics by position
 
@@ -22,38 +22,35 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from refattn.engines.cpu.tiles import INFINITY
-from refattn.engines.cpu.vectors import F32, I32, I64, Lanes, inline
+from refattn.engines.cpu.vectors import BFLOAT16, F32, FLOAT16, FLOAT32, I8, I16, I32, I64, Lanes, inline
 
-# Of a storage, by its code: LLVM's type of a stored number, and parts of a line.
-F32_STORED, BF16_STORED, F16_STORED, I8_STORED = range(4)
-PARTS = (1, 2, 1, 4)
-_STORED = (F32, ir.IntType(16), ir.IntType(16), ir.IntType(8))
-MODE = 2
+PARTS = (1, 2, 1, 4)  # of a line, by storage
+BYTES = (4, 2, 2, 1)  # of a stored number
+_STORED = (F32, I16, I16, I8)
 AT_A_TIME = 16  # keys whose values are added up at a time
 LINES = {1: 8, 2: 8, 4: 4}  # of float32, by rows: sums that fit the registers
 LEAST = -float.fromhex("0x1.fffffep127")  # no logit that is a number lies below, and −∞ does
 
 
 class Reader:
-    """Reads lines of one storage."""
+    """Reads lines of k or v as the shape's storage says."""
 
     def __init__(self, x: Lanes) -> None:
-        self.x, self.rows, self.storage = x, x.block & 15, x.block >> 4
-        self.parts = PARTS[self.storage]
-        self.kind = ir.VectorType(_STORED[self.storage], x.width * self.parts)
-        self.bytes = (4, 2, 2, 1)[self.storage] * x.width * self.parts
+        self.x, self.rows, self.parts = x, x.block, PARTS[x.storage]
+        self.numbers = x.width * self.parts
+        self.kind, self.bytes = ir.VectorType(_STORED[x.storage], self.numbers), BYTES[x.storage] * self.numbers
 
     def line(self, address: Any, live: Any = None) -> list[Any]:
         """The parts of a line; where `live` is given, of its first `live` numbers and zeros."""
         b, x = self.x.b, self.x
         place = b.inttoptr(address, self.kind.as_pointer())
         stored = b.load(place, align=1) if live is None else self._first(place, live)
-        if self.storage == F32_STORED:
+        if x.storage == FLOAT32:
             return [stored]
-        if self.storage == F16_STORED:
+        if x.storage == FLOAT16:
             return [self._half(stored)]
         words = b.bitcast(stored, x.integers)
-        if self.storage == BF16_STORED:
+        if x.storage == BFLOAT16:
             high = x.integers([-65536] * x.width)
             return [b.bitcast(a, x.floats) for a in (b.shl(words, self._bits(16)), b.and_(words, high))]
         moved = [b.ashr(b.shl(words, self._bits(24 - 8 * n)), self._bits(24)) for n in range(4)]
@@ -70,31 +67,31 @@ class Reader:
         limit = b.shuffle_vector(limit, ir.Constant(wide, ir.Undefined), wide([0] * count))
         mask = b.icmp_signed("<", wide(list(range(count))), limit)
         kind = ir.FunctionType(self.kind, [self.kind.as_pointer(), I32, flags, self.kind])
-        letter = "f32" if self.storage == F32_STORED else f"i{self.kind.element.width}"
+        letter = "f32" if self.x.storage == FLOAT32 else f"i{self.kind.element.width}"
         name = f"llvm.masked.load.v{count}{letter}.p0"
         function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
         return b.call(function, [place, I32(1), mask, ir.Constant(self.kind, None)])
 
     def _half(self, stored: Any) -> Any:
-        """Float16 by its bits, for not every processor converts it: 2^112 makes up for the other bias of exponents."""
         b, x = self.x.b, self.x
+        if x.width > 4:
+            return b.fpext(b.bitcast(stored, ir.VectorType(ir.HalfType(), x.width)), x.floats)
+        # The oldest x86 has no such step. 2^112 makes up for the other bias of the exponent.
         words = b.zext(stored, x.integers)
         size = b.shl(b.and_(words, x.integers([0x7FFF] * x.width)), self._bits(13))
         number = b.bitcast(b.fmul(b.bitcast(size, x.floats), x.spread(2.0**112)), x.integers)
-        strange = b.icmp_unsigned(">=", size, x.integers([0x7C00 << 13] * x.width))
-        number = b.select(strange, b.or_(size, x.integers([0x7F800000] * x.width)), number)
+        endless = b.icmp_unsigned(">=", size, x.integers([0x7C00 << 13] * x.width))
+        number = b.select(endless, b.or_(size, x.integers([0x7F800000] * x.width)), number)
         sign = b.shl(b.and_(words, x.integers([0x8000] * x.width)), self._bits(16))
         return b.bitcast(b.or_(number, sign), x.floats)
 
     def ahead(self, address: Any) -> None:
         """Have the line at an address brought near."""
-        if MODE == 0:
-            return
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         name = "llvm.prefetch.p0"
         function = self.x.b.module.globals.get(name) or ir.Function(self.x.b.module, kind, name)
-        self.x.b.call(function, [self.x.b.inttoptr(address, byte), I32(0), I32(MODE), I32(1)])
+        self.x.b.call(function, [self.x.b.inttoptr(address, byte), I32(0), I32(2), I32(1)])
 
 
 def folded(x: Lanes, vectors: Sequence[Any], step: int = 1) -> list[Any]:
