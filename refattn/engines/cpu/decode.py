@@ -34,6 +34,8 @@ from refattn.engines.cpu.work import KEYS, LN2, LOG2E, Array, Arrays, Ends, Resu
 
 MOST = 16  # rows of a key head
 _LEAST = 512  # keys in a share, but for the last
+NEAR = 8192
+_TILES = 4  # of keys whose weights are made together
 _TASKS = 128  # shares wanted in all, so that threads end together
 
 
@@ -50,11 +52,11 @@ class Parts(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """A thread's scratch for R rows and a tile of keys.
+    """A thread's scratch for R rows and several tiles of keys.
 
-    q (R, D in whole lines), s and a bias (R, KEYS), sums (R, lanes), a factor and a slope for each row; place, segment
-    (R,) int32; at (KEYS,) int32 positions or segments of keys; addresses (2, 2 KEYS) int64 of keys and of values, the
-    tile's and the next one's.
+    q (R, D in whole lines), s (_TILES, R, KEYS), a bias (R, KEYS), sums (R, lanes); factor, ones and slope, a number for
+    each row; place, segment (R,) int32; at (KEYS,) int32 positions or segments of keys; first (_TILES,) int32 where
+    tiles begin.
     """
 
     q: Array
@@ -62,16 +64,17 @@ class Scratch(NamedTuple):
     bias: Array
     sums: Array
     factor: Array
+    ones: Array
     slope: Array
     place: Array
     segment: Array
     at: Array
-    addresses: Array
+    first: Array
 
 
 def scratch(count: int, depth: int) -> Scratch:
     """Scratch for so many rows, each part from a whole line of the cache on."""
-    shapes = [(count, depth), (count, KEYS), (count, KEYS), (count, lanes()), *[(count,)] * 4, (KEYS,), (2, 4 * KEYS)]
+    shapes = [(count, depth), (_TILES, count, KEYS), (count, KEYS), (count, lanes()), *[(count,)] * 5, (KEYS,), (_TILES,)]
     sizes = [math.prod(shape) for shape in shapes]
     starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
     memory = np.empty(starts[-1] + 16, np.float32)
@@ -80,7 +83,8 @@ def scratch(count: int, depth: int) -> Scratch:
         memory[skipped + start : skipped + start + size].reshape(shape)
         for start, size, shape in zip(starts, sizes, shapes, strict=False)
     ]
-    return Scratch(*found[:6], *(a.view(np.int32) for a in found[6:9]), found[9].view(np.int64))
+    found[5][:] = 1.0
+    return Scratch(*found[:7], *(a.view(np.int32) for a in found[7:]))
 
 
 def in_lines(size: int, storage: int) -> int:
@@ -120,11 +124,18 @@ def run(x: Arrays, storage: int = FLOAT32) -> tuple[Array, Array, Array]:
 
 
 @bare
+def place_of(d: int, lane: int, parts: int) -> int:
+    """Where number d of a row stands in lines of `parts` vectors of `lane` numbers; all powers of two."""
+    line = lane * parts
+    place: int = (d & -line) + (d & parts - 1) * lane + (d & line - 1) // parts
+    return place
+
+
+@bare
 def begin(x: Arrays, tile: Scratch, at: Rows, lane: int, parts: int) -> Ends:
     """Begin a share: the rows of a key head, q by lines."""
     lq, depth, b = x.sizes[3], x.sizes[5], at.b
     least, greatest, low, high = 1 << 40, -(1 << 40), 1 << 40, -(1 << 40)
-    line = lane * parts
     for r in range(at.rows):
         i, h = r % lq, at.h + r // lq
         tile.place[r] = place = x.q_at[b % x.q_at.shape[0], i]
@@ -133,32 +144,18 @@ def begin(x: Arrays, tile: Scratch, at: Rows, lane: int, parts: int) -> Ends:
         if i < x.q_length[b]:
             least, greatest = min(least, place), max(greatest, place)
             low, high = min(low, segment), max(high, segment)
-        for d in range(tile.q.shape[1]):
-            p = d // lane % parts
-            source = d // line * line + d % lane * parts + p
-            tile.q[r, d] = np.float32(x.sign) * x.q[(at.first + r) * depth + source] if source < depth else 0.0
+        q = tile.q[r]
+        q[:] = 0.0
+        for d in range(depth):
+            q[place_of(d, lane, parts)] = np.float32(x.sign) * x.q[(at.first + r) * depth + d]
     return Ends(least, greatest, low, high)
 
 
 @bare
-def find(x: Arrays, addresses: Array, start: int, at: Rows, j: int, count: int, size: int) -> None:
-    """Addresses of the keys j to j + count and of their values, and of the last ones again up to a whole tile.
-
-    They stand from column `start` on; `size` is the bytes of a stored number.
-    """
-    _, _, groups, _, lk, depth, width = x.sizes
-    first = (at.b * groups + at.g) * lk + j
-    k, v = x.k.ctypes.data + first * depth * size, x.v.ctypes.data + first * width * size
-    for n in range(KEYS):
-        addresses[0, start + n] = k + min(n, count - 1) * depth * size
-        addresses[1, start + n] = v + min(n, count - 1) * width * size
-
-
-@bare
-def veil(shape: int, x: Arrays, tile: Scratch, at: Rows, j: int, count: int, kinds: int) -> None:
-    """−∞ in tile.s for pairs that are masked; `kinds` as `sight.see` says."""
+def veil(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: int, kinds: int) -> None:
+    """−∞ in the logits at the address s for pairs that are masked; `kinds` as `sight.see` says."""
     literally(shape)
-    s, lq = tile.s.ctypes.data, x.sizes[3]
+    lq = x.sizes[3]
     if kinds & POSITIONS:
         low, high = x.span
         copy(tile.at, x.k_at[at.b % x.k_at.shape[0]], j, count)
@@ -184,10 +181,10 @@ def copy(to: Array, numbers: Array, j: int, count: int) -> None:
 
 
 @bare
-def bias(shape: int, x: Arrays, tile: Scratch, at: Rows, j: int, count: int) -> None:
-    """Add all biases of a tile to tile.s."""
+def bias(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: int) -> None:
+    """Add all biases of a tile to its logits at the address s."""
     literally(shape)
-    lq, b, s = x.sizes[3], at.b, tile.s.ctypes.data
+    lq, b = x.sizes[3], at.b
     places = x.k_at[b % x.k_at.shape[0]]
     if x.sloping:
         copy(tile.at, places, j, count)
@@ -227,13 +224,16 @@ def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane
                 total += parts.total[first + n, r] * 2.0 ** (float(parts.top[first + n, r]) - float(top))
         good = math.isfinite(total)
         if total != 0.0 and not dead:
+            # The sum goes into the first share's part, and from there in order to the results.
+            o = parts.o[first, r]
             for n in range(shares):
                 factor = np.float32(2.0 ** (float(parts.top[first + n, r]) - float(top)) / total)
-                o = parts.o[first + n, r]
-                for d in range(width):
-                    out[d] += factor * o[d // line * line + d % lines * lane + d % line // lines]
+                other = parts.o[first + n, r]
+                for d in range(o.size):
+                    o[d] = factor * other[d] + (o[d] if n > 0 else np.float32(0.0))
             strange = np.float32(0.0)
             for d in range(width):
+                out[d] = o[place_of(d, lane, lines)]
                 strange += out[d] * np.float32(0.0)
             good = good and strange == 0.0
         results.redo[row] = not good
@@ -257,6 +257,7 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
     SHAPE = storage << 24 | lane << 16 | KEYS // lane << 8
     ONE, TWO, FOUR = SHAPE | 1, SHAPE | 2, SHAPE | 4
     LANES, LINES, SIZE = lane, PARTS[storage], BYTES[storage]
+    AHEAD, TILES = NEAR, _TILES
     VERSION = stamp(sight, steps, tiles, vectors, work)
 
     @bare
@@ -264,8 +265,11 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
         batch, heads, groups, lq, lk, depth, width = x.sizes
         shares, tasks, count = -(-lk // share), parts.top.shape[0], parts.top.shape[1]
         q, s, line, bent = tile.q.ctypes.data, tile.s.ctypes.data, 4 * tile.q.shape[1], x.cap[0] > 0
-        k, v, k_ahead, v_ahead = tile.addresses[0].ctypes.data, tile.addresses[1].ctypes.data, 16, 16
+        sums, factor, ones = tile.sums.ctypes.data, tile.factor.ctypes.data, tile.ones.ctypes.data
+        o_line, row, whole = 4 * parts.o.shape[2], 4 * KEYS, 4 * KEYS * count
         c = np.float32(x.cap[0] if bent else x.unit)
+        k_size, v_size = depth * SIZE, width * SIZE
+        k_ahead, v_ahead = max(AHEAD // k_size, 1) * k_size, max(AHEAD // v_size, 1) * v_size
         while True:
             task = take(counter.ctypes.data)
             if task >= tasks:
@@ -277,44 +281,46 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
             keys = x.k_length[b] if ends.least <= ends.greatest else 0
             n, stop = task % shares * (share // KEYS), -(-min(keys, (task % shares + 1) * share) // KEYS)
             top, o = parts.top[task].ctypes.data, parts.o[task].ctypes.data
-            o_line, sums, factor = 4 * parts.o.shape[2], tile.sums.ctypes.data, tile.factor.ctypes.data
             parts.top[task] = LEAST
             parts.o[task] = 0.0
             tile.sums[:] = 0.0
+            k, v = x.k.ctypes.data + (b * groups + g) * lk * k_size, x.v.ctypes.data + (b * groups + g) * lk * v_size
             n, kinds = visible(x, at, ends, n, stop, keys)
-            if n < stop:
-                find(x, tile.addresses, 0, at, n * KEYS, min(KEYS, keys - n * KEYS), SIZE)
             while n < stop:
-                j, many, hidden = n * KEYS, min(KEYS, keys - n * KEYS), kinds
-                n, kinds = visible(x, at, ends, n + 1, stop, keys)
-                if n < stop:
-                    find(x, tile.addresses, KEYS, at, n * KEYS, min(KEYS, keys - n * KEYS), SIZE)
-                for r in range(0, count - 3, 4):
-                    dots(FOUR, s + 4 * KEYS * r, q + line * r, line, k, k_ahead, many, depth, c)
-                if count & 2:
-                    r = count & ~3
-                    dots(TWO, s + 4 * KEYS * r, q + line * r, line, k, k_ahead, many, depth, c)
-                if count & 1:
-                    r = count - 1
-                    dots(ONE, s + 4 * KEYS * r, q + line * r, line, k, k_ahead, many, depth, c)
-                if bent:
-                    bend(SHAPE, s, count, np.float32(1.0), np.float32(x.cap[1]))
-                bias(SHAPE, x, tile, at, j, many)
-                veil(SHAPE, x, tile, at, j, many, hidden)
-                for r in range(count):
-                    for m in range(many, KEYS):
-                        tile.s[r, m] = -np.inf
-                weights(SHAPE, s, top, sums, factor, count)
-                for r in range(0, count - 3, 4):
-                    blend(FOUR, o + o_line * r, o_line, factor + 4 * r, s + 4 * KEYS * r, v, v_ahead, many, width)
-                if count & 2:
-                    r = count & ~3
-                    blend(TWO, o + o_line * r, o_line, factor + 4 * r, s + 4 * KEYS * r, v, v_ahead, many, width)
-                if count & 1:
-                    r = count - 1
-                    blend(ONE, o + o_line * r, o_line, factor + 4 * r, s + 4 * KEYS * r, v, v_ahead, many, width)
-                for m in range(KEYS):
-                    tile.addresses[0, m], tile.addresses[1, m] = tile.addresses[0, KEYS + m], tile.addresses[1, KEYS + m]
+                used = 0
+                while used < TILES and n < stop:
+                    j, many, here = n * KEYS, min(KEYS, keys - n * KEYS), s + used * whole
+                    a = k + j * k_size
+                    for r in range(0, count - 3, 4):
+                        dots(FOUR, here + row * r, q + line * r, line, a, k_ahead, many, depth, c)
+                    if count & 2:
+                        r = count & ~3
+                        dots(TWO, here + row * r, q + line * r, line, a, k_ahead, many, depth, c)
+                    if count & 1:
+                        r = count - 1
+                        dots(ONE, here + row * r, q + line * r, line, a, k_ahead, many, depth, c)
+                    if bent:
+                        bend(SHAPE, here, count, np.float32(1.0), np.float32(x.cap[1]))
+                    bias(SHAPE, x, tile, here, at, j, many)
+                    veil(SHAPE, x, tile, here, at, j, many, kinds)
+                    for r in range(count):
+                        for m in range(many, KEYS):
+                            tile.s[used, r, m] = -np.inf
+                    tile.first[used] = j
+                    used += 1
+                    n, kinds = visible(x, at, ends, n + 1, stop, keys)
+                weights(SHAPE, s, whole, used, top, sums, factor, count)
+                for m in range(used):
+                    j, many, here = tile.first[m], min(KEYS, keys - tile.first[m]), s + m * whole
+                    a, by = v + j * v_size, factor if m == 0 else ones
+                    for r in range(0, count - 3, 4):
+                        blend(FOUR, o + o_line * r, o_line, by + 4 * r, here + row * r, a, v_ahead, many, width)
+                    if count & 2:
+                        r = count & ~3
+                        blend(TWO, o + o_line * r, o_line, by + 4 * r, here + row * r, a, v_ahead, many, width)
+                    if count & 1:
+                        r = count - 1
+                        blend(ONE, o + o_line * r, o_line, by + 4 * r, here + row * r, a, v_ahead, many, width)
             for r in range(count):
                 total = np.float32(0.0)
                 for lane in range(LANES):

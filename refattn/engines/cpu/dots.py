@@ -5,7 +5,7 @@ r"""Steps of the decode kernel on one tile of keys: a few rows of queries, lanes
     blend    o[r] = exp2(m − m') o[r] + Σ_n w[r,n] v[n]         lanes along v's numbers
 
 Here a tile's row (`Lanes.row`) is one query's numbers for all keys of the tile. k and v are read where they lie, row by
-row, from lists of addresses. A *line* is what one read takes of such a row: a vector of stored numbers that becomes
+row, and what stands `ahead` bytes on is brought near meanwhile. A *line* is what one read takes of such a row: a vector of stored numbers that becomes
 `parts` vectors of float32, part p the numbers p, p + parts, ... of the line. q and o are stored in that order, filled
 up to whole lines.
 
@@ -16,6 +16,7 @@ A shape's `block` is how many rows of queries are worked on at a time: 1, 2 or 4
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -149,35 +150,35 @@ def by_row(x: Lanes, found: Sequence[Any], rows: int, each: int) -> list[Any]:
 
 
 @inline
-def dots(x: Lanes, s: Any, q: Any, stride: Any, keys: Any, ahead: Any, count: Any, depth: Any, c: Any) -> None:
-    """s[r,n] = c q[r]·k[n] for n < count and the rows of a block; NaN for what is not finite.
+def dots(x: Lanes, s: Any, q: Any, stride: Any, k: Any, ahead: Any, count: Any, depth: Any, c: Any) -> None:
+    """s[r,n] = c q[r]·k[n] for the rows of a block and n < count, and more up to a whole vector.
 
-    q's rows are `stride` bytes apart. `keys` lists the addresses of the tile's keys, for n ≥ count too, up to a whole
-    vector, and then of the keys to be read next: the one `ahead` places on is brought near.
+    NaN for what is not finite. q's rows are `stride` bytes apart, keys follow each other.
     """
     read, unit = Reader(x), x.spread(c)
     each = min(4, x.width // read.rows)  # keys at a time: few, so that memory is read nearly in order
-    whole = x.b.sdiv(depth, I64(x.width * read.parts))
-    left = x.b.sub(depth, x.b.mul(whole, I64(x.width * read.parts)))
+    whole = x.b.sdiv(depth, I64(read.numbers))
+    left = x.b.sub(depth, x.b.mul(whole, I64(read.numbers)))
+    size, last = x.b.mul(depth, I64(BYTES[x.storage])), x.b.sub(count, I64(1))
     partial = cgutils.alloca_once(x.b, ir.ArrayType(x.floats, x.width // each))  # type: ignore[no-untyped-call]
     partial = x.b.ptrtoint(partial, I64)
     with x.each(x.b.sdiv(x.b.add(count, I64(x.width - 1)), I64(x.width))) as block:
         with x.each(x.width // each) as group:
-            first = x.at(I64(0), (block, 8 * x.width), (group, 8 * each))
-            own, next_ = (
-                [x.load(x.at(keys, first, (far, 8), 8 * n), I64) for n in range(each)] for far in (0, ahead)
-            )
+            first = x.at(I64(0), (block, x.width), (group, each))
+            numbers = [x.b.add(first, I64(n)) for n in range(each)]
+            own = [x.at(k, (x.b.select(x.b.icmp_signed("<", n, last), n, last), size)) for n in numbers]
             sums = x.variables([x.spread(0.0)] * (read.rows * each))
 
             def step(line: Any, live: Any = None) -> None:
-                offset = x.at(I64(0), (line, 4 * x.width * read.parts))
+                offset = x.at(I64(0), (line, 4 * read.numbers))
                 queries = [
                     [x.load(x.at(q, (stride, r), offset, 4 * x.width * p)) for p in range(read.parts)]
                     for r in range(read.rows)
                 ]
                 for n in range(each):
-                    read.ahead(x.at(next_[n], (line, read.bytes)))
-                    parts = read.line(x.at(own[n], (line, read.bytes)), live)
+                    address = x.at(own[n], (line, read.bytes))
+                    read.ahead(x.b.add(address, ahead))
+                    parts = read.line(address, live)
                     for r in range(read.rows):
                         for query, part in zip(queries[r], parts, strict=True):
                             place = sums[r * each + n]
@@ -196,42 +197,45 @@ def dots(x: Lanes, s: Any, q: Any, stride: Any, keys: Any, ahead: Any, count: An
 
 
 @inline
-def weights(x: Lanes, s: Any, m: Any, total: Any, factor: Any, count: Any) -> None:
-    """The logits of `count` rows become weights; m changes, `total` (a vector a row), and `factor` is what they do by."""
+def weights(x: Lanes, s: Any, size: Any, tiles: Any, m: Any, total: Any, factor: Any, count: Any) -> None:
+    """The logits of `count` rows in some tiles, `size` bytes apart, become weights.
+
+    m changes, and `total`, a vector for each row; `factor` is what they change by.
+    """
     with x.each(count) as r:
-        row = x.at(s, (r, x.row))
-        logits, place = x.loads(row), x.at(m, (r, 4))
+        row, place, sums = x.at(s, (r, x.row)), x.at(m, (r, 4)), x.at(total, (r, 4 * x.width))
         before = x.spread(x.load(place, F32))
-        top = logits[0]
-        for logit in logits[1:]:
-            top = x.largest(top, logit)
-        now = x.largest(across(x, top, x.largest), before)
+        tops = x.variables([before] * x.vectors)
+        with x.each(tiles) as n:
+            for top, logit in zip(tops, x.loads(x.at(row, (n, size))), strict=True):
+                x.b.store(x.largest(x.b.load(top), logit), top)
+        now = across(x, reduce(x.largest, [x.b.load(top) for top in tops]), x.largest)
         change = x.exp2(x.b.fsub(before, now))
-        found = [x.exp2(x.b.fsub(logit, now)) for logit in logits]
-        sums = x.at(total, (r, 4 * x.width))
-        sum_ = x.b.fmul(change, x.load(sums))
-        for weight in found:
-            sum_ = x.b.fadd(sum_, weight)
-        x.store(sum_, sums)
-        x.stores(found, row)
         x.store(x.b.extract_element(now, I32(0)), place)
         x.store(x.b.extract_element(change, I32(0)), x.at(factor, (r, 4)))
+        parts = x.variables([x.b.fmul(change, x.load(sums))] + [x.spread(0.0)] * (x.vectors - 1))
+        with x.each(tiles) as n:
+            found = [x.exp2(x.b.fsub(logit, now)) for logit in x.loads(x.at(row, (n, size)))]
+            for part, weight in zip(parts, found, strict=True):
+                x.b.store(x.b.fadd(x.b.load(part), weight), part)
+            x.stores(found, x.at(row, (n, size)))
+        x.store(reduce(x.b.fadd, [x.b.load(part) for part in parts]), sums)
 
 
 @inline
 def blend(
-    x: Lanes, o: Any, stride: Any, factor: Any, w: Any, values: Any, ahead: Any, count: Any, width: Any
+    x: Lanes, o: Any, stride: Any, factor: Any, w: Any, v: Any, ahead: Any, count: Any, width: Any
 ) -> None:
-    """o[r] = factor[r] o[r] + Σ_n w[r,n] v[n] for the rows of a block, which are `stride` bytes apart."""
+    """o[r] = factor[r] o[r] + Σ_n w[r,n] v[n] for the rows of a block, `stride` bytes apart; values follow each other."""
     read = Reader(x)
-    whole = x.b.sdiv(width, I64(x.width * read.parts))
-    left = x.b.sub(width, x.b.mul(whole, I64(x.width * read.parts)))
+    whole, size = x.b.sdiv(width, I64(read.numbers)), x.b.mul(width, I64(BYTES[x.storage]))
+    left = x.b.sub(width, x.b.mul(whole, I64(read.numbers)))
     most = max(LINES[read.rows] // read.parts, 1)
 
     def block(begin: Any, many: Any, by: list[Any], line: Any, lines: int, live: Any = None) -> None:
         places = [
             [
-                x.at(o, (stride, r), (line, 4 * x.width * read.parts), 4 * x.width * n)
+                x.at(o, (stride, r), (line, 4 * read.numbers), 4 * x.width * n)
                 for n in range(lines * read.parts)
             ]
             for r in range(read.rows)
@@ -239,13 +243,11 @@ def blend(
         sums = [x.variables([x.b.fmul(x.load(a), f) for a in row]) for row, f in zip(places, by, strict=True)]
         with x.each(many) as m:
             n = x.b.add(begin, m)
-            own, next_ = (
-                x.at(x.load(x.at(values, (n, 8), (far, 8)), I64), (line, read.bytes)) for far in (0, ahead)
-            )
+            address = x.at(v, (n, size), (line, read.bytes))
             shares = [x.spread(x.load(x.at(w, (x.row, r), (n, 4)), F32)) for r in range(read.rows)]
             for d in range(lines):
-                read.ahead(x.at(next_, d * read.bytes))
-                for p, part in enumerate(read.line(x.at(own, d * read.bytes), live)):
+                read.ahead(x.at(address, ahead, d * read.bytes))
+                for p, part in enumerate(read.line(x.at(address, d * read.bytes), live)):
                     for r in range(read.rows):
                         place = sums[r][d * read.parts + p]
                         x.b.store(x.fma(part, shares[r], x.b.load(place)), place)
@@ -261,11 +263,11 @@ def blend(
         by = [x.spread(x.b.select(first, x.load(x.at(factor, 4 * r), F32), F32(1.0))) for r in range(read.rows)]
         with x.each(x.b.sdiv(whole, I64(most))) as n:
             block(begin, many, by, x.b.mul(n, I64(most)), most)
-        size = most // 2
-        while size:
-            with x.b.if_then(x.b.icmp_signed(">", x.b.and_(whole, I64(size)), I64(0))):
-                block(begin, many, by, x.b.sub(whole, x.b.and_(whole, I64(2 * size - 1))), size)
-            size //= 2
+        lines = most // 2
+        while lines:
+            with x.b.if_then(x.b.icmp_signed(">", x.b.and_(whole, I64(lines)), I64(0))):
+                block(begin, many, by, x.b.sub(whole, x.b.and_(whole, I64(2 * lines - 1))), lines)
+            lines //= 2
         with x.b.if_then(x.b.icmp_signed(">", left, I64(0))):
             block(begin, many, by, whole, 1, left)
 
