@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu import fast, score
+from refattn.engines.cpu import decode, fast, score
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
@@ -95,11 +95,12 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
         q, k, v = plan.q, plan.k, plan.v
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(replace(plan, q=q, k=k, v=v), kind))
-    given, q = {"q": q, "k": k, "v": v}, widened(q)
-    if k.dtype != v.dtype or storage_of(k) is None or not finite(k):
+    given, q, few = {"q": q, "k": k, "v": v}, widened(q), decode.suits(q.shape[1], k.shape[1], q.shape[2])
+    if k.dtype != v.dtype or storage_of(k) is None or not (few or finite(k)):
         k, v = widened(k), widened(v)
     q, k, v = (converted(leaf, leaf.dtype) for leaf in (q, k, v))
-    q, k = (a if finite(a) else rows(a) for a in (q, k))
+    if not few:
+        q, k = (a if finite(a) else rows(a) for a in (q, k))
     out, lse, redo = fast.run(plan, q, k, v)
     if redo.any():
         v = widened(v)

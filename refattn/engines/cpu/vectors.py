@@ -194,11 +194,12 @@ class Lanes:
             for i in range(self.width):
                 if not i & step:
                     a, c = rows[i], rows[i + step]
-                    changed[i], changed[i + step] = self._mix(a, c, low), self._mix(a, c, high)
+                    changed[i], changed[i + step] = self.mix(a, c, low), self.mix(a, c, high)
             rows, step = changed, 2 * step
         return rows
 
-    def _mix(self, a: Any, b: Any, lanes: list[int]) -> Any:
+    def mix(self, a: Any, b: Any, lanes: list[int]) -> Any:
+        """Lanes of two vectors, those of the second counted on from the first's."""
         return self.b.shuffle_vector(a, b, ir.VectorType(I32, self.width)(lanes))
 
     @contextmanager
@@ -252,10 +253,13 @@ def inline(emit: Callable[..., None]) -> Any:
 
 
 def _take(typing: Any, counter: Any) -> Any:
-    """The int64 at an address before one was added to it, all in one step: threads that share it get each task once."""
+    """The int64 at an address before one was added to it, all in one step: threads that share it get each task once.
+
+    Who gets a number sees all that was written by those who got the ones before it.
+    """
 
     def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.atomic_rmw("add", builder.inttoptr(values[0], I64.as_pointer()), I64(1), "monotonic")
+        return builder.atomic_rmw("add", builder.inttoptr(values[0], I64.as_pointer()), I64(1), "acq_rel")
 
     return types.int64(types.int64), code
 
