@@ -1,5 +1,7 @@
 """Keys left out under a falling bias: which they are, that what they weigh is within its share, and hostile inputs."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from checks import same
@@ -176,7 +178,7 @@ def test_explain_tells_of_it(monkeypatch):
     assert list(told) == ["cpu"]
     distances = [int(n) for n in told["cpu"].rpartition(": ")[2].split(", ")]
     assert distances == sorted(distances)
-    assert [round(b / a) for a, b in zip(distances, distances[1:], strict=False)] == [4, 4, 4]
+    assert [round(b / a) for a, b in pairwise(distances)] == [4, 4, 4]
     assert ra.explain(ra.SDPA(causal="top_left"), sizes)["skipping"] == {}
     assert ra.explain(ra.SDPA(bias=ra.ALiBi()), sizes | {"Lk": 300, "Lq": 300})["skipping"] == {}
     monkeypatch.setenv(skipping.VARIABLE, "0")

@@ -105,8 +105,8 @@ def told(plan: Score) -> str | None:
     bits = 2 * _COMMON + math.log(KEYS) - math.log(4 * EPSILON * 2.0**-24)
     first = ", ".join(f"{bits / slope:.0f}" if slope > 0 else "never" for slope in slopes.tolist())
     return (
-        f"keys that together are proved to weigh less than 1/{1 / EPSILON:.0f} of the published bound are left out; where "
-        f"scale |q||k| is at most {_COMMON}, from about these distances on, head by head: {first}"
+        f"keys that together are proved to weigh less than 1/{1 / EPSILON:.0f} of the published bound are left out; "
+        f"where scale |q||k| is at most {_COMMON}, from about these distances on, head by head: {first}"
     )
 
 
