@@ -245,7 +245,7 @@ def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane
 def visible(x: Arrays, at: Rows, ends: Ends, n: int, stop: int, keys: int) -> tuple[int, int]:
     """The first tile of keys from n on, before `stop`, of which a row sees some, and what hides pairs of it."""
     while n < stop:
-        kinds = see(x, at, ends, n, min(KEYS, keys - n * KEYS))
+        kinds = see(SHAPE, x, tile.bias[0], at, ends, n, min(KEYS, keys - n * KEYS))
         if kinds != NOTHING:
             return n, kinds
         n += 1
