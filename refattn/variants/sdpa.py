@@ -23,7 +23,7 @@ values (content terms may add to the value that a pair reads). A row that sees n
 
 Source: Vaswani et al., arXiv 1706.03762, equation 1; grouped heads: Ainslie et al., arXiv 2305.13245; softcap: Gemma 2,
 arXiv 2408.00118, section 2; sinks: gpt-oss, and Miller's softmax-off-by-one, which is a sink of logit 0; sigmoid:
-Ramapuram et al., arXiv 2409.04431, section 2, where b = −ln n.
+Ramapuram et al., arXiv 2409.04431, where b = −ln n.
 
 Differs from: torch's is_causal (top-left only); flash-attention's window_size (the same inclusive pair, −1 for None);
 transformers' sliding_window (a count of keys, self included: window = (n − 1, 0)); ONNX Attention, which scales q and
