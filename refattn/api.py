@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,8 +16,8 @@ from refattn import registry
 from refattn.arrays import from_numpy, to_numpy
 from refattn.dtypes import format_of, round_to
 from refattn.errors import DTypeError, ShapeError, SpecError, Unsupported
-from refattn.problem import Problem, check, is_kind, state_arrays
-from refattn.spec import Outputs, Spec, describe
+from refattn.problem import Problem, Shaped, fit, is_kind, state_arrays, within
+from refattn.spec import Array, Outputs, Spec, describe
 from refattn.state import State
 
 
@@ -233,20 +235,57 @@ def build(spec: Spec, arrays: Mapping[str, Any], dtype: Any, want: tuple[str, ..
 
     `length` tokens have gone before; the arrays of the state after them stand among the others as state_<name>.
     """
-    whole, module = _whole(spec)
-    given = state_arrays(module, whole, length) if any(name.startswith("state_") for name in arrays) else {}
-    sizes = check(module.signature(whole) | given, arrays)
-    resolved = module.resolve(whole, sizes)
-    if hasattr(module, "validate"):
-        module.validate(resolved, arrays)
-    offered = [*module.outputs(resolved), *(["state"] if hasattr(module, "state") else [])]
-    unknown = sorted(set(want) - set(offered))
+    shaped = tuple((name, Shaped(a.shape, a.dtype)) for name, a in arrays.items())
+    form = None
+    with suppress(TypeError):  # of a spec that has no hash
+        form = _form(spec, shaped, length)
+    if form is None:
+        form = _form.__wrapped__(spec, shaped, length)
+    if form.bounded:
+        within(form.bounded, {name: arrays[name] for name in form.bounded}, form.sizes)
+    if hasattr(form.module, "validate"):
+        form.module.validate(form.spec, arrays)
+    unknown = sorted(set(want) - set(form.offered))
     if unknown:
-        raise SpecError(f"want names {unknown[0]!r}; {resolved.variant} offers {', '.join(offered)}")
-    first = next(iter(module.signature(resolved)))
-    asked = np.dtype(format_of(arrays[first].dtype if dtype is None else dtype).numpy)
-    inputs = dict(arrays)
-    return Problem(spec=resolved, variant=module, inputs=inputs, sizes=sizes, dtype=asked, want=want, length=length)
+        raise SpecError(f"want names {unknown[0]!r}; {form.spec.variant} offers {', '.join(form.offered)}")
+    asked = np.dtype(format_of(arrays[form.first].dtype if dtype is None else dtype).numpy)
+    return Problem(
+        spec=form.spec,
+        variant=form.module,
+        inputs=dict(arrays),
+        sizes=dict(form.sizes),
+        dtype=asked,
+        want=want,
+        length=length,
+    )
+
+
+class _Form(NamedTuple):
+    """What a problem is before any number is read: equal for equal specs and shapes.
+
+    bounded: the arrays whose values lie in a domain; offered: names of outputs; first: name of the array whose dtype
+    is the default one.
+    """
+
+    spec: Spec
+    module: Any
+    sizes: Mapping[str, int]
+    bounded: Mapping[str, Array]
+    offered: tuple[str, ...]
+    first: str
+
+
+@lru_cache(maxsize=256)
+def _form(spec: Spec, shaped: tuple[tuple[str, Shaped], ...], length: int) -> _Form:
+    whole, module = _whole(spec)
+    arrays = dict(shaped)
+    given = state_arrays(module, whole, length) if any(name.startswith("state_") for name in arrays) else {}
+    signature = module.signature(whole) | given
+    sizes = fit(signature, arrays)
+    resolved = module.resolve(whole, sizes)
+    bounded = {name: signature[name] for name in arrays if signature[name].domain != "any"}
+    offered = (*module.outputs(resolved), *(["state"] if hasattr(module, "state") else []))
+    return _Form(resolved, module, sizes, bounded, offered, next(iter(module.signature(resolved))))
 
 
 def _run(problem: Problem, engine: str, state_dtype: Any = None) -> Outputs:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from refattn import unread
 from refattn.errors import DTypeError, ShapeError, Unsupported
 from refattn.numeric import real
 from refattn.plan import Plan, Score
@@ -138,6 +139,11 @@ class Problem:
         """The lowered problem, in float64."""
         return self.lowered(self.lift(np.asanyarray))
 
+    @cached_property
+    def outline(self) -> Score | None:
+        """The plan without the numbers of q, k and v, as `refattn.unread` makes it; None where it cannot be had."""
+        return unread.outline(self)
+
     def lowered(self, x: Mapping[str, Any]) -> Plan:
         """The plan of lifted inputs.
 
@@ -211,9 +217,28 @@ def check(signature: Mapping[str, Array], inputs: Mapping[str, NDArray[Any]]) ->
     DTypeError
         An array's kind is not the signature's.
     """
-    shapes = ", ".join(f"{name} {tuple(a.shape)}" for name, a in inputs.items())
+    sizes = fit(signature, inputs)
+    within(signature, inputs, sizes)
+    return sizes
+
+
+class Shaped(NamedTuple):
+    """What `fit` asks of an array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+
+def fit(signature: Mapping[str, Array], inputs: Mapping[str, Any]) -> dict[str, int]:
+    """The part of `check` that does not read the arrays' values."""
 
     def wrong(what: str) -> str:
+        shapes = ", ".join(f"{name} {tuple(a.shape)}" for name, a in inputs.items())
         return f"{what}\ngiven: {shapes or 'nothing'}\nexpected:\n{describe(signature)}"
 
     unknown = next((name for name in inputs if name not in signature), None)
@@ -239,8 +264,14 @@ def check(signature: Mapping[str, Array], inputs: Mapping[str, NDArray[Any]]) ->
     for name, given in inputs.items():
         if signature[name].broadcast and not _broadcasts(given.shape, signature[name].shape(sizes)):
             raise ShapeError(wrong(f"{name} {given.shape} does not broadcast to its dimensions"))
-        _check_domain(name, signature[name].domain, given, sizes)
     return sizes
+
+
+def within(signature: Mapping[str, Array], inputs: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]) -> None:
+    """The part of `check` that reads the arrays' values: each lies in its domain."""
+    for name, given in inputs.items():
+        if signature[name].domain != "any":
+            _check_domain(name, signature[name].domain, given, sizes)
 
 
 def is_kind(dtype: np.dtype[Any], kind: str) -> bool:

@@ -16,10 +16,10 @@ import pytest
 from checks import same
 
 import refattn as ra
-from refattn import api
+from refattn import api, unread
 from refattn.bound import BoundSpace
 from refattn.engines import cpu
-from refattn.engines.cpu import _jit, fast, forward, logits, pool, sight, storage, tiles, unread, vectors, work
+from refattn.engines.cpu import _jit, fast, forward, logits, pool, sight, storage, tiles, vectors, work
 from refattn.engines.cpu.vectors import Lanes, inline
 from refattn.profiles import FLOAT32
 

@@ -8,11 +8,11 @@ from checks import near, same, slopes_by_complex_step
 from problems import PROBLEMS, Problem, Sizes, arrays
 
 import refattn as ra
-from refattn import api
+from refattn import api, unread
 from refattn.bound import BoundSpace
 from refattn.dtypes import format_of
 from refattn.engines import certified, cpu
-from refattn.engines.cpu import pool, unread
+from refattn.engines.cpu import pool
 from refattn.errors import DTypeError, ShapeError, SpecError
 from refattn.plan import execute, leaves
 from refattn.profiles import FLOAT32

@@ -8,10 +8,10 @@ from checks import near, same, slopes_by_complex_step
 from problems import PROBLEMS, Problem, Sizes, arrays
 
 import refattn as ra
-from refattn import api
+from refattn import api, unread
 from refattn.bound import BoundSpace
 from refattn.engines import certified, cpu
-from refattn.engines.cpu import fast, pool, unread
+from refattn.engines.cpu import fast, pool
 from refattn.errors import ShapeError, SpecError
 from refattn.plan import execute, keys
 from refattn.profiles import FLOAT32

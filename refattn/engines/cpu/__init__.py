@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu import fast, score, unread
+from refattn.engines.cpu import decode, fast, score
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
@@ -29,7 +30,7 @@ def refuses(problem: Problem) -> str | None:
     """A sentence for a variant that does not lower to a Score plan, or None."""
     if problem.unplanned is not None:
         return problem.unplanned
-    plan = unread.plan(problem) or problem.plan
+    plan = problem.outline or problem.plan
     if not isinstance(plan, Score):
         return f"the cpu engine runs Score plans, and {problem.spec.variant} lowers to {type(plan).__name__}"
     if plan.relative or plan.v_table:
@@ -42,7 +43,9 @@ def refuses(problem: Problem) -> str | None:
 
 def run(problem: Problem) -> Outputs:
     """Out (B,Hq,Lq,Dv) and, of a softmax, lse (B,Hq,Lq), computed in float32 or float64."""
-    found = _outputs(unread.plan(problem) or problem.score, _kind(problem))
+    plan = problem.outline or problem.score
+    q, k, v = (problem.inputs[n] for n in "qkv") if problem.outline else (plan.q, plan.k, plan.v)
+    found = _outputs(plan, q, k, v, _kind(problem))
     if problem.dtype.itemsize == 2 and np.isfinite(found["out"]).all():
         found["out"] = narrowed(found["out"], problem.dtype)
     return Outputs(found)
@@ -70,7 +73,7 @@ def vjp(
     taped = unpacked(lowered)
     plan = map_leaves(taped, lambda leaf: getattr(leaf, "value", leaf))
     operands = prepare(plan, _kind(problem))
-    found = _saved(outputs or {}, operands) or _wide(_outputs(plan, _kind(problem)))
+    found = _saved(outputs or {}, operands) or _wide(_outputs(plan, plan.q, plan.k, plan.v, _kind(problem)))
     wanted = {n: leaf for n, leaf in leaves(taped).items() if isinstance(leaf, Variable)}
     dout, dlse = (_cotangent(cotangents.get(n), shape, operands) for n, shape in _shapes(operands).items())
     gradients = _backward(plan, operands, dout, dlse, set(wanted))
@@ -82,20 +85,26 @@ def _kind(problem: Problem) -> type[np.floating[Any]]:
     return np.float64 if problem.dtype == np.float64 else np.float32
 
 
-def _outputs(plan: Score, kind: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
-    """The outputs by the fast kernel where it can, its rows of doubt and all other plans row by row."""
-    plan = unpacked(plan)
+def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
+    """The outputs by the fast kernel where it can, its rows of doubt and all other plans row by row.
+
+    q, k and v stand in for those of the plan.
+    """
+    if plan.pages is not None or plan.k_scale is not None or plan.v_scale is not None:
+        plan = unpacked(replace(plan, q=q, k=k, v=v))
+        q, k, v = plan.q, plan.k, plan.v
     if kind is np.float64 or not fast.takes(plan):
-        return _forward(prepare(plan, kind))
-    q, k, v = widened(plan.q), plan.k, plan.v
-    if k.dtype != v.dtype or storage_of(k) is None or not finite(k):
+        return _forward(prepare(replace(plan, q=q, k=k, v=v), kind))
+    given, q, few = {"q": q, "k": k, "v": v}, widened(q), decode.suits(q.shape[1], k.shape[1], q.shape[2])
+    if k.dtype != v.dtype or storage_of(k) is None or not (few or finite(k)):
         k, v = widened(k), widened(v)
     q, k, v = (converted(leaf, leaf.dtype) for leaf in (q, k, v))
-    q, k = (a if finite(a) else rows(a) for a in (q, k))
+    if not few:
+        q, k = (a if finite(a) else rows(a) for a in (q, k))
     out, lse, redo = fast.run(plan, q, k, v)
     if redo.any():
         v = widened(v)
-        again, numbers = prepare(plan, kind), np.isfinite(v)
+        again, numbers = prepare(replace(plan, **given), kind), np.isfinite(v)
         bad = np.argwhere(~numbers.all(-1))
         if len(bad):
             # A weight of 0 hides no NaN: once more without them, and those rows again that see one.

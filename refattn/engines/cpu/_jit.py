@@ -46,8 +46,8 @@ def inner(function: Kernel) -> Kernel:
     Kept on disk it would be served stale, for its key does not tell of the files that it calls. In Python it remains
     the plain function. Numba's doors to Python, which for a tuple of thirty arrays are most of the code, are left out.
     """
-    options = {"nogil": True, "error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    return cast("Kernel", register_jitable(**options)(function))
+    options = dict.fromkeys(("nogil", "no_cpython_wrapper", "no_cfunc_wrapper"), True) | {"_nrt": False}
+    return register_jitable(error_model="numpy", **options)(function)
 
 
 def stamp(*modules: ModuleType) -> int:

@@ -50,7 +50,7 @@ def widened(array: Array) -> Array:
     code = storage_of(array)
     if not code:
         with np.errstate(over="ignore"):
-            return array.astype(np.float32)
+            return array.astype(np.float32, copy=False)
     found = np.empty(array.shape, np.float32)
     _converter(lanes() << 16 | code << 24, True)(found.reshape(-1), bits(np.ascontiguousarray(array)))
     return found
