@@ -242,10 +242,13 @@ def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane
 
 
 @bare
-def visible(x: Arrays, at: Rows, ends: Ends, n: int, stop: int, keys: int) -> tuple[int, int]:
+def visible(
+    shape: int, x: Arrays, room: Array, at: Rows, ends: Ends, n: int, stop: int, keys: int
+) -> tuple[int, int]:
     """The first tile of keys from n on, before `stop`, of which a row sees some, and what hides pairs of it."""
+    literally(shape)
     while n < stop:
-        kinds = see(SHAPE, x, tile.bias[0], at, ends, n, min(KEYS, keys - n * KEYS))
+        kinds = see(shape, x, room, at, ends, n, min(KEYS, keys - n * KEYS))
         if kinds != NOTHING:
             return n, kinds
         n += 1
@@ -288,7 +291,7 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
             parts.o[task] = 0.0
             tile.sums[:] = 0.0
             k, v = x.k.ctypes.data + (b * groups + g) * lk * k_size, x.v.ctypes.data + (b * groups + g) * lk * v_size
-            n, kinds = visible(x, at, ends, n, stop, keys)
+            n, kinds = visible(SHAPE, x, tile.bias[0], at, ends, n, stop, keys)
             while n < stop:
                 used = 0
                 while used < TILES and n < stop:
@@ -315,7 +318,7 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
                             tile.s[used, r, m] = -np.inf
                     tile.first[used] = j
                     used += 1
-                    n, kinds = visible(x, at, ends, n + 1, stop, keys)
+                    n, kinds = visible(SHAPE, x, tile.bias[0], at, ends, n + 1, stop, keys)
                 weights(SHAPE, s, whole, used, top, sums, factor, count)
                 for t in range(used):
                     j, many, here = tile.first[t], min(KEYS, keys - tile.first[t]), s + t * whole
