@@ -183,7 +183,7 @@ class Engine(Protocol):
         """One sentence why not, or None."""
 
     def run(self, problem: Problem) -> Outputs:
-        """The outputs asked for, in float64 (certified: rounded to odd)."""
+        """The outputs asked for, in float64 (certified: rounded to odd), or float32 whose every NaN is the positive one."""
 
     def vjp(
         self,

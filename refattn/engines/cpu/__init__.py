@@ -106,6 +106,7 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
             score.see(again, bad, redo)
         for row in np.flatnonzero(redo).tolist():
             score.forward(again, out, lse, row, row + 1)
+        _sign(out, lse)
     return {"out": out, "lse": lse}
 
 
@@ -114,7 +115,14 @@ def _forward(x: Operands) -> dict[str, Floats]:
     out = np.empty((batch, heads, lq, x.v.shape[3]), x.q.dtype)
     lse = np.empty((batch, heads, lq), x.q.dtype)
     spread(score.forward, (x, out, lse), lse.size, _work(x))
+    _sign(out, lse)
     return {"out": out} if x.sigmoid else {"out": out, "lse": lse}
+
+
+def _sign(*outputs: NDArray[Any]) -> None:
+    """Make every NaN the positive one: the sign of a computed NaN differs between processors."""
+    for a in outputs:
+        np.copyto(a, np.nan, where=np.isnan(a))
 
 
 def _wide(outputs: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
