@@ -235,19 +235,16 @@ def build(spec: Spec, arrays: Mapping[str, Any], dtype: Any, want: tuple[str, ..
 
     `length` tokens have gone before; the arrays of the state after them stand among the others as state_<name>.
     """
-    shaped = tuple((name, Shaped(a.shape, a.dtype)) for name, a in arrays.items())
+    shaped = tuple([(name, a.shape, a.dtype) for name, a in arrays.items()])
     form = None
     with suppress(TypeError):  # of a spec that has no hash
-        form = _form(spec, shaped, dtype, length)
+        form = _form(spec, shaped, dtype, want, length)
     if form is None:
-        form = _form.__wrapped__(spec, shaped, dtype, length)
+        form = _form.__wrapped__(spec, shaped, dtype, want, length)
     if form.bounded:
         within(form.bounded, {name: arrays[name] for name in form.bounded}, form.sizes)
     if hasattr(form.module, "validate"):
         form.module.validate(form.spec, arrays)
-    unknown = sorted(set(want) - set(form.offered))
-    if unknown:
-        raise SpecError(f"want names {unknown[0]!r}; {form.spec.variant} offers {', '.join(form.offered)}")
     return Problem(
         spec=form.spec,
         variant=form.module,
@@ -262,30 +259,32 @@ def build(spec: Spec, arrays: Mapping[str, Any], dtype: Any, want: tuple[str, ..
 class _Form(NamedTuple):
     """What a problem is before any number is read: equal for equal specs and shapes.
 
-    bounded: the arrays whose values lie in a domain; offered: names of outputs; dtype: of the results.
+    bounded: the arrays whose values lie in a domain; dtype: of the results.
     """
 
     spec: Spec
     module: Any
     sizes: Mapping[str, int]
     bounded: Mapping[str, Array]
-    offered: tuple[str, ...]
     dtype: np.dtype[Any]
 
 
 @lru_cache(maxsize=256)
-def _form(spec: Spec, shaped: tuple[tuple[str, Shaped], ...], dtype: Any, length: int) -> _Form:
+def _form(spec: Spec, shaped: tuple[tuple[str, Any, Any], ...], dtype: Any, want: Any, length: int) -> _Form:
     whole, module = _whole(spec)
-    arrays = dict(shaped)
+    arrays = {name: Shaped(shape, kind) for name, shape, kind in shaped}
     given = state_arrays(module, whole, length) if any(name.startswith("state_") for name in arrays) else {}
     signature = module.signature(whole) | given
     sizes = fit(signature, arrays)
     resolved = module.resolve(whole, sizes)
     bounded = {name: signature[name] for name in arrays if signature[name].domain != "any"}
-    offered = (*module.outputs(resolved), *(["state"] if hasattr(module, "state") else []))
+    offered = [*module.outputs(resolved), *(["state"] if hasattr(module, "state") else [])]
+    unknown = sorted(set(want) - set(offered))
+    if unknown:
+        raise SpecError(f"want names {unknown[0]!r}; {resolved.variant} offers {', '.join(offered)}")
     first = next(iter(module.signature(resolved)))
     asked = np.dtype(format_of(arrays[first].dtype if dtype is None else dtype).numpy)
-    return _Form(resolved, module, sizes, bounded, offered, asked)
+    return _Form(resolved, module, sizes, bounded, asked)
 
 
 def _run(problem: Problem, engine: str, state_dtype: Any = None) -> Outputs:

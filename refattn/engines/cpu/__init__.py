@@ -91,10 +91,15 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(replace(plan, q=q, k=k, v=v), kind))
     given, q = {"q": q, "k": k, "v": v}, widened(q)
-    if k.dtype != v.dtype or storage_of(k) is None or not finite(k):
+    if k.dtype != v.dtype or storage_of(k) is None:
         k, v = widened(k), widened(v)
-    q, k, v = (converted(leaf, leaf.dtype) for leaf in (q, k, v))
-    q, k = (a if finite(a) else rows(a) for a in (q, k))
+    q, k, v = converted(q, q.dtype), converted(k, k.dtype), converted(v, v.dtype)
+    # A logit of −∞ that a key's infinity makes would count as masked. Those of an infinity in q are all infinite or
+    # NaN, and their row is one of doubt, unless a cap or a sink makes numbers of them.
+    if not finite(k):
+        k, v = rows(widened(k)), widened(v)
+    if not (plan.sink is plan.softcap is None or finite(q)):
+        q = rows(q)
     out, lse, redo = fast.run(plan, q, k, v)
     if redo.any():
         v = widened(v)

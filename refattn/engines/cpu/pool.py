@@ -60,8 +60,8 @@ def spread(kernel: Callable[..., None], arguments: tuple[Any, ...], tasks: int, 
 
 def together(kernel: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]], tasks: int, work: int) -> None:
     """Call kernel(*arguments()) in this thread and in others; the calls share out `tasks` among themselves."""
-    workers = min(threads(), tasks)
-    if workers < 2 or work < _SMALL:
+    workers = 1 if work < _SMALL else min(threads(), tasks)
+    if workers < 2:
         kernel(*arguments())
         return
     pool = _pool(os.getpid(), threads())
