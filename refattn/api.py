@@ -206,9 +206,9 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
     for dim, size in sizes.items():
         if type(size) is not int or size < 0:
             raise ShapeError(f"sizes are integers from 0 on; given: {dim}={size!r}")
-    kinds = {"real": format_of(dtype).numpy, "int": np.int64, "bool": bool}
+    kinds = {"real": format_of(dtype).numpy, "bool": bool}
     needed = {n: a for n, a in signature.items() if not a.optional}
-    inputs = {n: np.full(a.shape(sizes), a.kind == "real", kinds[a.kind]) for n, a in needed.items()}
+    inputs = {n: np.full(a.shape(sizes), a.kind == "real", kinds.get(a.kind, a.integers)) for n, a in needed.items()}
     problem = build(whole, inputs, dtype, ("out",))
     engines: dict[str, str | None] = {}
     for name in registry.ENGINES:
@@ -325,7 +325,9 @@ def _rounded(outputs: Outputs, problem: Problem, state_dtype: Any = None) -> Out
                 return array
         if array.dtype == np.float32 == dtype:
             return array
-        return array.astype(np.int64) if name in problem.integer_outputs else round_to(array.astype(np.float64, copy=False), dtype)
+        if name in problem.integer_outputs:
+            return array.astype(np.int64)
+        return round_to(array.astype(np.float64, copy=False), dtype)
 
     return Outputs({n: rounded(n, a) for n, a in outputs.items()}, outputs.status)
 

@@ -14,7 +14,7 @@ from refattn import unread
 from refattn.errors import DTypeError, ShapeError, Unsupported
 from refattn.numeric import real
 from refattn.plan import Plan, Score
-from refattn.spec import Array, Outputs, Spec, describe
+from refattn.spec import Array, Outputs, Spec, describe, extent
 from refattn.tape import Tape
 
 
@@ -183,7 +183,7 @@ class Engine(Protocol):
         """One sentence why not, or None."""
 
     def run(self, problem: Problem) -> Outputs:
-        """The outputs asked for, in float64 (certified: rounded to odd), or float32 whose every NaN is the positive one."""
+        """The outputs asked for, in float64 (certified: rounded to odd), or in float32 with no negative NaN."""
 
     def vjp(
         self,
@@ -258,7 +258,7 @@ def fit(signature: Mapping[str, Array], inputs: Mapping[str, Any]) -> dict[str, 
         if given.ndim != len(dims):
             raise ShapeError(wrong(f"{name} has {given.ndim} dimensions, not {len(dims)}"))
         for dim, size in zip(dims, given.shape, strict=True):
-            expected = int(dim) if dim.isdigit() else sizes.setdefault(dim, size)
+            expected = sizes.setdefault(dim, size) if dim.isidentifier() else extent(dim, sizes)
             if expected != size:
                 raise ShapeError(wrong(_disagreement(name, dim, size, expected)))
     for name, given in inputs.items():
@@ -293,13 +293,15 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 def _check_domain(name: str, domain: str, given: NDArray[Any], sizes: Mapping[str, int]) -> None:
     kind, _, dim = domain.partition(":")
+    if kind == "int8" and given.dtype != np.int8:
+        raise DTypeError(f"{name} is {given.dtype}, where int8 is expected")
     if kind == "positive" and not all(0 < number < np.inf for number in given.astype(np.float64).flat):
         raise ShapeError(f"{name} must hold finite numbers above 0; given: {given.tolist()}")
     if kind == "positions" and given.size and max(-int(given.min()), int(given.max())) > _FARTHEST:
         raise ShapeError(f"{name} must lie between -2^52 and 2^52; given: {given.min()} to {given.max()}")
     if kind == "indices":
-        limit = int(dim) if dim.isdigit() else sizes[dim]
+        limit = extent(dim, sizes)
         if given.size and (given.min() < 0 or given.max() >= limit):
             raise ShapeError(f"{name} must lie between 0 and {dim} - 1 = {limit - 1}; given: {given.tolist()}")
-    if kind == "lengths" and given.size and (given.min() < 0 or given.max() > sizes[dim]):
-        raise ShapeError(f"{name} must lie between 0 and {dim} = {sizes[dim]}; given: {given.tolist()}")
+    if kind == "lengths" and given.size and (given.min() < 0 or given.max() > extent(dim, sizes)):
+        raise ShapeError(f"{name} must lie between 0 and {dim} = {extent(dim, sizes)}; given: {given.tolist()}")

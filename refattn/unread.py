@@ -36,7 +36,9 @@ def outline(problem: Any) -> Score | None:
     Where there are no other inputs it depends on the spec and three shapes, and is kept for the next call.
     """
     inputs, lower = problem.inputs, getattr(problem.variant, "lower", None)
-    if not callable(lower) or hasattr(problem.variant, "state") or not ("q" in inputs and "k" in inputs and "v" in inputs):
+    if not callable(lower) or hasattr(problem.variant, "state"):
+        return None
+    if "q" not in inputs or "k" not in inputs or "v" not in inputs:
         return None
     shapes = inputs["q"].shape, inputs["k"].shape, inputs["v"].shape
     if len(inputs) == len(shapes):

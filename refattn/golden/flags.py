@@ -87,6 +87,8 @@ _OPTIONS: Mapping[str, Flag] = {
         "TransformerEngine#2541", "rocm-libraries#12229",
     ),
     "sigmoid": _flag("Weights by sigmoid, each key by itself: no normaliser, no lse."),
+    "paged": _flag("Keys and values in blocks that a table names for each sequence."),
+    "int8_kv": _flag("Keys and values in int8 with scales, by token and head or shared."),
     "keep_mask": _flag("Dropout as a given mask with its probability."),
     "segments": _flag("Sequences packed into one row, told apart by segment ids."),
     "padding": _flag("Sequences shorter than their arrays."),

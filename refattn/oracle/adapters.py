@@ -83,6 +83,10 @@ def _engine(engine: str, given: dict[str, Any], duals: dict[str, Any]) -> dict[s
         given["q_segment_ids"], given["k_segment_ids"] = given.pop("segment_ids")
     if "keep" in given:
         given["keep"], options["keep_probability"] = given.pop("keep")
+    if "block_table" in given:
+        options["paged"] = True
+    if "k_scale" in given:
+        options["kv"] = "int8"
     if "alibi_slopes" in given:
         given["slopes"] = given.pop("alibi_slopes")
         options["bias"] = (registry.spec("alibi", slopes="learned"),)

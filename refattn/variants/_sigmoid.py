@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from refattn.dtypes import nearest
+from refattn.errors import SpecError
 from refattn.numeric import (
     clean,
     concatenate,
@@ -26,6 +27,29 @@ from refattn.numeric import (
     where,
 )
 from refattn.space import Bools, Integers
+from refattn.spec import dyadic
+
+
+def checked(normalizer: Any, bias: Any) -> Any:
+    """The bias as a double, "keys", or None for a softmax.
+
+    Raises
+    ------
+    SpecError
+        There is no such normalizer, or the bias does not go with it.
+    """
+    if not isinstance(normalizer, str) or normalizer not in ("softmax", "sigmoid"):
+        raise SpecError(f"normalizer is 'softmax' or 'sigmoid'; given: {normalizer!r}")
+    if normalizer == "softmax":
+        if bias is not None:
+            raise SpecError(f"sigmoid_bias goes with normalizer='sigmoid'; given: {bias!r}")
+        return None
+    if bias is None:
+        raise SpecError(
+            "sigmoid attention has no default bias: give sigmoid_bias, a number such as −ln n where n keys are seen, "
+            "or 'keys' for −ln Lk"
+        )
+    return bias if isinstance(bias, str) and bias == "keys" else dyadic("sigmoid_bias", bias)
 
 
 def sigmoid_attend(

@@ -9,6 +9,14 @@ normalizer="sigmoid" weighs each key by itself, with no normaliser, so without l
 
     p[h,i,j] = 1 / (1 + exp(−s[h,i,j] − b)),     b the sigmoid_bias, such as −ln n where n keys are seen
 
+kv="int8" is given integers for k and v, and what each token's are to be multiplied by, in exact arithmetic:
+
+    k[g,j] = k_scale[g,j] k_int[g,j],   v[g,j] = v_scale[g,j] v_int[g,j],     k_scale, v_scale (B,Hkv,Lk) or broadcast
+
+paged=True is given N blocks of S slots, k (N,Hkv,S,D) and v (N,Hkv,S,Dv), kv_lengths (B,) and block_table (B,M): key j
+of sequence b stands in slot j mod S of block block_table[b, j div S], and Lk is M S; scales likewise, (N,Hkv,S). What
+stands in slots and entries beyond a sequence's length does not matter.
+
 q (B,Hq,Lq,D); k (B,Hkv,Lk,D); v (B,Hkv,Lk,Dv); out (B,Hq,Lq,Dv); lse (B,Hq,Lq), natural. The order of operations is
 fixed: rotation of q and k, their product, content terms, scale, softcap, bias, mask, sink, normaliser, keep-mask,
 values (content terms may add to the value that a pair reads). A row that sees nothing gives 0 and lse −∞.
@@ -33,11 +41,23 @@ import numpy as np
 
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
-from refattn.numeric import clean, einsum, finite, minus_infinite, real, reshape, softmax_attend, stored, tanh, where
+from refattn.numeric import (
+    broadcast,
+    clean,
+    einsum,
+    finite,
+    minus_infinite,
+    real,
+    reshape,
+    softmax_attend,
+    stored,
+    tanh,
+    where,
+)
 from refattn.plan import Dense, Score
 from refattn.spec import Array, Spec, added, dyadic
+from refattn.variants import _kept, _sigmoid
 from refattn.variants._place import lengths, per_sequence, place, segments, visible
-from refattn.variants._sigmoid import minus_log, sigmoid_attend
 
 _ALIGNMENTS = ("top_left", "bottom_right")
 
@@ -51,7 +71,8 @@ class SDPA(Spec):
     cap c > 0. rotary: a term that turns q and k, such as RoPE; content: terms that read them, such as Shaw; bias: terms
     such as ALiBi. keep_probability: by which kept weights are divided. normalizer: "softmax" or "sigmoid".
     sigmoid_bias: the b of sigmoid attention, which has no default: a number, or "keys" for −ln Lk in float32, Lk being
-    the size of the arrays, whatever lengths and masks leave of it.
+    the size of the arrays, whatever lengths and masks leave of it. kv: None, or "int8" for integers with scales.
+    paged: whether keys and values stand in blocks, which a block_table names for each sequence.
     """
 
     causal: bool | Literal["top_left", "bottom_right"] = False
@@ -64,6 +85,8 @@ class SDPA(Spec):
     keep_probability: float | None = None
     normalizer: Literal["softmax", "sigmoid"] = added("softmax")
     sigmoid_bias: float | Literal["keys"] | None = None
+    kv: Literal["int8"] | None = None
+    paged: bool = added(False)
 
     def __post_init__(self) -> None:
         for name in ("content", "bias"):
@@ -86,21 +109,8 @@ class SDPA(Spec):
             raise SpecError(f"softcap is a positive number or None; given: {self.softcap}")
         if self.keep_probability is not None and not 0 < self.keep_probability <= 1:
             raise SpecError(f"keep_probability lies in (0, 1]; given: {self.keep_probability}")
-        self._check_normalizer()
-
-    def _check_normalizer(self) -> None:
-        if not isinstance(self.normalizer, str) or self.normalizer not in ("softmax", "sigmoid"):
-            raise SpecError(f"normalizer is 'softmax' or 'sigmoid'; given: {self.normalizer!r}")
-        if self.normalizer == "softmax":
-            if self.sigmoid_bias is not None:
-                raise SpecError(f"sigmoid_bias goes with normalizer='sigmoid'; given: {self.sigmoid_bias!r}")
-        elif self.sigmoid_bias is None:
-            raise SpecError(
-                "sigmoid attention has no default bias: give sigmoid_bias, a number such as −ln n where n keys are "
-                "seen, or 'keys' for −ln Lk"
-            )
-        elif not (isinstance(self.sigmoid_bias, str) and self.sigmoid_bias == "keys"):
-            object.__setattr__(self, "sigmoid_bias", dyadic("sigmoid_bias", self.sigmoid_bias))
+        _kept.check(self.kv, self.paged)
+        object.__setattr__(self, "sigmoid_bias", _sigmoid.checked(self.normalizer, self.sigmoid_bias))
 
     @property
     def terms(self) -> tuple[Spec, ...]:
@@ -139,6 +149,7 @@ def signature(spec: SDPA) -> dict[str, Array]:
         del arrays["sink"]
     if spec.keep_probability is not None:
         arrays["keep"] = Array(_PAIRS, "bool", "choice", broadcast=True)
+    arrays = _kept.signature(arrays, spec.kv, spec.paged)
     for term in spec.terms:
         own = _module(term).signature(term)
         other = next((name for name in own if arrays.get(name, own[name]) != own[name]), None)
@@ -159,11 +170,11 @@ def resolve(spec: SDPA, sizes: Mapping[str, int]) -> SDPA:
     """Scale, slopes, sigmoid bias and alignment as definite values; what contradicts the sizes is refused."""
     if not sizes["Hkv"] or sizes["Hq"] % sizes["Hkv"]:
         raise ShapeError(f"Hq must be a multiple of Hkv; given: Hq={sizes['Hq']}, Hkv={sizes['Hkv']}")
-    causal = spec.causal
+    causal, lk = spec.causal, _keys(sizes)
     if causal is True:
-        if sizes["Lq"] != sizes["Lk"]:
+        if sizes["Lq"] != lk:
             raise SpecError(
-                f"causal=True is ambiguous where Lq={sizes['Lq']} differs from Lk={sizes['Lk']}: say causal='top_left' "
+                f"causal=True is ambiguous where Lq={sizes['Lq']} differs from Lk={lk}: say causal='top_left' "
                 "(query i sees keys 0..i) or causal='bottom_right' (query i sees keys 0..i + Lk − Lq)"
             )
         causal = "bottom_right"
@@ -175,12 +186,13 @@ def resolve(spec: SDPA, sizes: Mapping[str, int]) -> SDPA:
 
     rotary = spec.rotary and definite(spec.rotary)
     content, bias = tuple(map(definite, spec.content)), tuple(map(definite, spec.bias))
-    own = minus_log(max(sizes["Lk"], 1)) if spec.sigmoid_bias == "keys" else spec.sigmoid_bias
+    own = _sigmoid.minus_log(max(lk, 1)) if spec.sigmoid_bias == "keys" else spec.sigmoid_bias
     return replace(spec, causal=causal, scale=scale, rotary=rotary, content=content, bias=bias, sigmoid_bias=own)
 
 
 def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
     """What only the arrays together tell."""
+    _kept.check_blocks(x)
     for one, other in (("q_segment_ids", "k_segment_ids"), ("k_segment_ids", "q_segment_ids")):
         if one in x and other not in x:
             raise ShapeError(f"{one} needs {other}: give both")
@@ -197,6 +209,7 @@ def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
 
 def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, Any]:
     """The formula, in its fixed order."""
+    x = _kept.unpacked(x)
     batch, heads, lq, width = x["q"].shape
     groups, lk = x["k"].shape[1:3]
     at = place(spec.causal, x)
@@ -235,7 +248,7 @@ def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, 
         keep = real(x["keep"].astype(np.int64), s) / real(spec.keep_probability, s)
     if spec.normalizer == "sigmoid":
         s = s + real(spec.sigmoid_bias, s)
-        return {"out": sigmoid_attend(s, live, x["v"], keep=keep, spoiled=spoiled, relative=relative)}
+        return {"out": _sigmoid.sigmoid_attend(s, live, x["v"], keep=keep, spoiled=spoiled, relative=relative)}
     sink = x.get("sink")
     out, lse = softmax_attend(s, live, x["v"], sink=sink, keep=keep, spoiled=spoiled, relative=relative)
     return {"out": out, "lse": lse}
@@ -244,7 +257,11 @@ def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, 
 def lower(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> Score:
     """The same problem as data: positions, bounds and biases instead of formulas."""
     at = place(spec.causal, x)
+    if spec.rotary is not None or spec.content:
+        # What turns or reads keys needs them as numbers.
+        x = _kept.unpacked(x)
     q, k = x["q"], x["k"]
+    scales = {n: broadcast(x[n], x["k"].shape[:3]) for n in ("k_scale", "v_scale") if n in x}
     if spec.rotary is not None:
         q, k = _module(spec.rotary).lower_rotate(spec.rotary, x, at)
     lowered = [_module(term).lower_content(term, dict(x) | {"q": q, "k": k}, at, spec.scale) for term in spec.content]
@@ -270,6 +287,8 @@ def lower(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> Score:
         keep=None if spec.keep_probability is None else (x["keep"], spec.keep_probability),
         normalizer=spec.normalizer,
         sigmoid_bias=float(spec.sigmoid_bias or 0.0),
+        pages=None if "block_table" not in x else np.asarray(x["block_table"], np.int64),
+        **scales,
     )
 
 
@@ -294,8 +313,13 @@ def restrict(spec: SDPA, x: Mapping[str, Any], rows: tuple[int, ...]) -> dict[st
 
 def operations(spec: SDPA, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Floating-point operations of the two products, forward, and bytes of one float64 score matrix."""
-    pairs = sizes["B"] * sizes["Hq"] * sizes["Lq"] * sizes["Lk"]
+    pairs = sizes["B"] * sizes["Hq"] * sizes["Lq"] * _keys(sizes)
     return 2 * pairs * (sizes["D"] + sizes["Dv"]), 8 * pairs
+
+
+def _keys(sizes: Mapping[str, int]) -> int:
+    """Lk, which for keys in blocks is M S."""
+    return sizes["Lk"] if "Lk" in sizes else sizes["M"] * sizes["S"]
 
 
 def _offers(term: Any, function: str) -> bool:

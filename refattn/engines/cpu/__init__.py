@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu import fast, score
+from refattn.engines.cpu import decode, fast, score
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
@@ -19,6 +19,7 @@ from refattn.plan import Dense, Score, Slope, Table, leaves, map_leaves
 from refattn.problem import Problem
 from refattn.spec import Outputs
 from refattn.tape import Tape, Variable
+from refattn.unpack import unpacked
 
 name = "cpu"
 
@@ -68,7 +69,8 @@ def vjp(
         raise Unsupported(f"engine 'cpu' has no gradients of this {problem.spec.variant}: {problem.no_gradient}")
     tape, x = Tape(), problem.lift(np.asarray)
     inputs = {n: tape.variable(x[n]) for n in wrt}
-    taped: Any = problem.lowered(x | inputs)
+    lowered: Any = problem.lowered(x | inputs)
+    taped = unpacked(lowered)
     plan = map_leaves(taped, lambda leaf: getattr(leaf, "value", leaf))
     operands = prepare(plan, _kind(problem))
     found = _saved(outputs or {}, operands) or _wide(_outputs(plan, plan.q, plan.k, plan.v, _kind(problem)))
@@ -88,17 +90,20 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
 
     q, k and v stand in for those of the plan.
     """
+    if plan.pages is not None or plan.k_scale is not None or plan.v_scale is not None:
+        plan = unpacked(replace(plan, q=q, k=k, v=v))
+        q, k, v = plan.q, plan.k, plan.v
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(replace(plan, q=q, k=k, v=v), kind))
-    given, q = {"q": q, "k": k, "v": v}, widened(q)
+    given, q, few = {"q": q, "k": k, "v": v}, widened(q), decode.suits(q.shape[1], k.shape[1], q.shape[2])
     if k.dtype != v.dtype or storage_of(k) is None:
         k, v = widened(k), widened(v)
     q, k, v = converted(q, q.dtype), converted(k, k.dtype), converted(v, v.dtype)
     # A logit of −∞ that a key's infinity makes would count as masked. Those of an infinity in q are all infinite or
     # NaN, and their row is one of doubt, unless a cap or a sink makes numbers of them.
-    if not finite(k):
+    if not (few or finite(k)):
         k, v = rows(widened(k)), widened(v)
-    if not (plan.sink is plan.softcap is None or finite(q)):
+    if not (few or plan.sink is plan.softcap is None or finite(q)):
         q = rows(q)
     out, lse, redo = fast.run(plan, q, k, v)
     if redo.any():

@@ -9,9 +9,11 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from refattn.engines.cpu import decode
 from refattn.engines.cpu.forward import kernel, shape_for
 from refattn.engines.cpu.operands import differences, span, stacked, summed
 from refattn.engines.cpu.pool import together
+from refattn.engines.cpu.skipping import norms
 from refattn.engines.cpu.storage import bits, storage_of
 from refattn.engines.cpu.tiles import BOTTOM
 from refattn.engines.cpu.vectors import FLOAT32
@@ -63,25 +65,29 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
     """Out (B,Hq,Lq,Dv), lse and which rows are to be made again (B,Hq,Lq).
 
     q, k, v are the plan's, C order, q in float32, k and v stored alike in a way that `storage_of` knows; without
-    infinities in q and k. What is not finite in v reaches all rows of a tile, masked or not: they are to be made again.
+    infinities in q and k, unless `decode` suits. What is not finite in v reaches all rows of a tile, masked or not:
+    they are to be made again.
     """
     x = arrays(plan, q, k, v)
     batch, heads, groups, lq, lk, depth, width = x.sizes
+    storage = storage_of(k) or FLOAT32
+    if decode.suits(heads, groups, lq):
+        return decode.run(x, storage)
     out, lse = np.empty((batch, heads, lq, width), np.float32), np.empty(q.shape[:3], np.float32)
     redo, counter = np.empty(q.shape[:3], np.bool_), np.zeros(1, np.int64)
     results = Results(out.reshape(-1), lse.reshape(-1), redo.reshape(-1))
-    shape = shape_for(heads // groups, lq, storage_of(k) or FLOAT32)
+    shape = shape_for(heads // groups, lq, storage)
     tasks = batch * groups * tiles_of(heads // groups, lq, shape.rows)
     work = lse.size * lk * (depth + width)
     sizes = shape.rows, depth, width, shape.storage
-    together(kernel(shape), lambda: (x, results, scratch(*sizes), counter), tasks, work)
+    known = norms(x, shape.width, shape.storage)
+    together(kernel(shape), lambda: (x, known, results, scratch(*sizes), counter), tasks, work)
     return out, lse, redo
 
 
 def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:
     """What the kernels read of a plan whose q, k, v are these, as `run` takes them."""
-    sizes, _, _, _, *others = _still(plan)
-    return Arrays(sizes, q.reshape(-1), bits(k), bits(v), *others)
+    return _still(plan)._replace(q=q.reshape(-1), k=bits(k), v=bits(v))
 
 
 @_once

@@ -17,10 +17,11 @@ from typing import NamedTuple
 import numpy as np
 from numba import literally  # type: ignore[attr-defined]
 
-from refattn.engines.cpu import logits, sight, tiles, vectors, work
+from refattn.engines.cpu import bounds, logits, sight, skipping, tiles, vectors, work
 from refattn.engines.cpu._jit import bare, inner, lanes, stamp
 from refattn.engines.cpu.logits import scores, stored
 from refattn.engines.cpu.sight import NOTHING, POSITIONS, SEGMENTS, reach, see
+from refattn.engines.cpu.skipping import Norms, begin, first_tile, note, skipped
 from refattn.engines.cpu.tiles import accumulate, fill, scale, turn, weigh
 from refattn.engines.cpu.vectors import FLOAT32, take
 from refattn.engines.cpu.work import (
@@ -80,14 +81,14 @@ def shape_for(share: int, lq: int, storage: int = FLOAT32) -> Shape:
 
 
 @cache
-def kernel(shape: Shape) -> Callable[[Arrays, Results, Tile, Array], int]:
+def kernel(shape: Shape) -> Callable[[Arrays, Norms, Results, Tile, Array], int]:
     """The compiled pass for a tile shape; the array of one number is the next task, which threads share."""
     WIDTH, ROWS, VECTORS = shape.width, shape.rows, shape.vectors
     LITERAL, STRIP = shape.literal, shape.strip
-    VERSION = stamp(logits, sight, tiles, vectors, work)
+    VERSION = stamp(bounds, logits, sight, skipping, tiles, vectors, work)
 
     @bare
-    def forward(x: Arrays, results: Results, tile: Tile, counter: Array) -> int:
+    def forward(x: Arrays, norms: Norms, results: Results, tile: Tile, counter: Array) -> int:
         batch, heads, groups, lq, _, depth, width = x.sizes
         tasks, line = batch * groups * tiles_of(heads // groups, lq, ROWS), 4 * ROWS
         q, o = tile.q.ctypes.data, tile.o.ctypes.data
@@ -102,11 +103,23 @@ def kernel(shape: Shape) -> Callable[[Arrays, Results, Tile, Array], int]:
             pack(x, tile, at, WIDTH)
             fill(LITERAL, o, width, np.float32(0.0))
             keys = x.k_length[at.b] if ends.least <= ends.greatest else 0
-            for n in range(-(-keys // KEYS)):
+            begun, turns = False, -(-keys // KEYS)
+            last = first_tile(x, norms, at, ends.greatest, turns)
+            if last >= 0:
+                begin(LITERAL, x, tile, at)
+            turned = 0
+            while turned < turns:
+                n = last - turned if turned <= last else turned
+                turned += 1
                 j, count = n * KEYS, min(KEYS, keys - n * KEYS)
                 kinds = see(x, at, ends, n, count)
                 if kinds == NOTHING:
                     continue
+                if begun:
+                    away = skipped(LITERAL, x, tile, norms, at, n, count, n <= last)
+                    if away:
+                        turned += away - 1
+                        continue
                 key = (at.b * groups + at.g) * x.sizes[4] + j
                 k = stored(LITERAL, tile.k, x.k, key * depth, count * depth)
                 v = stored(LITERAL, tile.v, x.v, key * width, count * width)
@@ -114,6 +127,9 @@ def kernel(shape: Shape) -> Callable[[Arrays, Results, Tile, Array], int]:
                     attend(LITERAL, x, tile, at, k, v, j, count, kinds)
                 else:
                     strips(STRIP, x, tile, at, k, v, j, count)
+                if last >= 0:
+                    note(LITERAL, tile, norms, at, width)
+                    begun = True
             divide(tile)
             scale(LITERAL, o, tile.factor.ctypes.data, tile.slope.ctypes.data, width)
             turn(LITERAL, results.out.ctypes.data + 4 * at.first * width, o, width, at.rows, 4 * width, line)

@@ -19,7 +19,7 @@ _CODES = {np.dtype(np.float32): FLOAT32, np.dtype(ml_dtypes.bfloat16): BFLOAT16,
 
 
 # Unsigned integers of that size, and the exponent of infinity in them.
-_WORDS = {
+_WORDS: dict[Any, tuple[Any, int]] = {
     np.dtype(np.float32): (np.dtype(np.uint32), 0x7F800000),
     np.dtype(ml_dtypes.bfloat16): (np.dtype(np.uint16), 0x7F80),
     np.dtype(np.float16): (np.dtype(np.uint16), 0x7C00),

@@ -91,6 +91,11 @@ class Lanes:
             return self.b.bitcast(self.b.shl(bits, integers([16] * width)), floats)
         return self.b.fpext(self.load(address, ir.VectorType(F16, width)), floats)
 
+    @property
+    def size(self) -> int:
+        """Bytes of a number of k or v."""
+        return 4 if self.storage == FLOAT32 else 2
+
     def narrowed(self, vector: Any) -> Any:
         """Finite float32 in 16 bits, to nearest and ties to even; too large ones become infinite."""
         width = vector.type.count
@@ -169,6 +174,16 @@ class Lanes:
         far = self.call("copysign", b.fsub(one, b.fdiv(self.spread(2.0), b.fadd(power, one))), x)
         return b.select(b.fcmp_ordered(">", size, one), far, near)
 
+    def total(self, vector: Any) -> Any:
+        """Sum of a vector, halves to halves."""
+        width, empty = vector.type.count, ir.Constant(vector.type, ir.Undefined)
+        while width > 1:
+            width //= 2
+            low, high = (ir.VectorType(I32, width)(list(range(n, n + width))) for n in (0, width))
+            vector = self.b.fadd(self.b.shuffle_vector(vector, empty, low), self.b.shuffle_vector(vector, empty, high))
+            empty = ir.Constant(vector.type, ir.Undefined)
+        return self.b.extract_element(vector, I32(0))
+
     def transposed(self, rows: list[Any]) -> list[Any]:
         """The square of `width` vectors with rows and columns exchanged, by halves of halves."""
         step = 1
@@ -179,11 +194,12 @@ class Lanes:
             for i in range(self.width):
                 if not i & step:
                     a, c = rows[i], rows[i + step]
-                    changed[i], changed[i + step] = self._mix(a, c, low), self._mix(a, c, high)
+                    changed[i], changed[i + step] = self.mix(a, c, low), self.mix(a, c, high)
             rows, step = changed, 2 * step
         return rows
 
-    def _mix(self, a: Any, b: Any, lanes: list[int]) -> Any:
+    def mix(self, a: Any, b: Any, lanes: list[int]) -> Any:
+        """Lanes of two vectors, those of the second counted on from the first's."""
         return self.b.shuffle_vector(a, b, ir.VectorType(I32, self.width)(lanes))
 
     @contextmanager
@@ -237,10 +253,13 @@ def inline(emit: Callable[..., None]) -> Any:
 
 
 def _take(typing: Any, counter: Any) -> Any:
-    """The int64 at an address before one was added to it, all in one step: threads that share it get each task once."""
+    """The int64 at an address before one was added to it, all in one step: threads that share it get each task once.
+
+    Who gets a number sees all that was written by those who got the ones before it.
+    """
 
     def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.atomic_rmw("add", builder.inttoptr(values[0], I64.as_pointer()), I64(1), "monotonic")
+        return builder.atomic_rmw("add", builder.inttoptr(values[0], I64.as_pointer()), I64(1), "acq_rel")
 
     return types.int64(types.int64), code
 
