@@ -191,9 +191,10 @@ def vjp(
 
 
 def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dict[str, Any]:
-    """What a problem of these sizes is: resolved spec, signature, engines, plan, operations, memory.
+    """What a problem of these sizes is: resolved spec, signature, engines, plan, operations, memory, skipping.
 
-    Engines that take it have None, others the reason; a variant without a plan has the reason in its place.
+    Engines that take it have None, others the reason; a variant without a plan has the reason in its place. "skipping"
+    is what an engine leaves out of such a problem because it is proved not to count, by engine.
     `sizes` are those of the signature: {"B": 1, "Hq": 8, "Hkv": 8, "Lq": 128, "Lk": 128, "D": 64, "Dv": 64}. The
     arrays that the spec requires are assumed, optional ones not.
     """
@@ -211,9 +212,14 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
     inputs = {n: np.full(a.shape(sizes), a.kind == "real", kinds.get(a.kind, a.integers)) for n, a in needed.items()}
     problem = build(whole, inputs, dtype, ("out",))
     engines: dict[str, str | None] = {}
+    skipping: dict[str, str] = {}
     for name in registry.ENGINES:
         try:
-            engines[name] = registry.engine(name).refuses(problem)
+            engine = registry.engine(name)
+            engines[name] = engine.refuses(problem)
+            skips = engine.skips(problem) if engines[name] is None and hasattr(engine, "skips") else None
+            if skips is not None:
+                skipping[name] = skips
         except ImportError as error:
             engines[name] = str(error)
         except Unsupported as error:
@@ -227,6 +233,7 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
         "operations": told[0],
         "input_bytes": sum(a.nbytes for a in inputs.values()),
         "score_matrix_bytes": told[1],
+        "skipping": skipping,
     }
 
 

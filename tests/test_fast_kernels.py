@@ -19,7 +19,20 @@ import refattn as ra
 from refattn import api, unread
 from refattn.bound import BoundSpace
 from refattn.engines import cpu
-from refattn.engines.cpu import _jit, fast, forward, logits, pool, sight, storage, tiles, vectors, work
+from refattn.engines.cpu import (
+    _jit,
+    bounds,
+    fast,
+    forward,
+    logits,
+    pool,
+    sight,
+    skipping,
+    storage,
+    tiles,
+    vectors,
+    work,
+)
 from refattn.engines.cpu.vectors import Lanes, inline
 from refattn.profiles import FLOAT32
 
@@ -246,7 +259,7 @@ def test_an_edited_file_is_another_stamp(tmp_path):
     assert len({_jit.stamp(a), _jit.stamp(b), _jit.stamp(a, b), _jit.stamp()}) == 4
     assert _jit.stamp(a) == _jit.stamp(a)
     kernel = forward.kernel(forward.shape_for(1, 1))
-    read = _jit.stamp(logits, sight, tiles, vectors, work)
+    read = _jit.stamp(bounds, logits, sight, skipping, tiles, vectors, work)
     assert read in {cell.cell_contents for cell in kernel.py_func.__closure__}
 
 

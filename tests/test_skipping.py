@@ -1,5 +1,7 @@
 """Keys left out under a falling bias: which they are, that what they weigh is within its share, and hostile inputs."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from checks import same
@@ -168,3 +170,16 @@ def test_threads_change_no_bit(rng, monkeypatch):
     for other in found[1:]:
         same(other["out"], found[0]["out"])
         same(other["lse"], found[0]["lse"])
+
+
+def test_explain_tells_of_it(monkeypatch):
+    sizes = {"B": 1, "Hq": 4, "Hkv": 4, "Lq": 2048, "Lk": 2048, "D": 16, "Dv": 16}
+    told = ra.explain(ra.SDPA(causal="top_left", bias=ra.ALiBi()), sizes)["skipping"]
+    assert list(told) == ["cpu"]
+    distances = [int(n) for n in told["cpu"].rpartition(": ")[2].split(", ")]
+    assert distances == sorted(distances)
+    assert [round(b / a) for a, b in pairwise(distances)] == [4, 4, 4]
+    assert ra.explain(ra.SDPA(causal="top_left"), sizes)["skipping"] == {}
+    assert ra.explain(ra.SDPA(bias=ra.ALiBi()), sizes | {"Lk": 300, "Lq": 300})["skipping"] == {}
+    monkeypatch.setenv(skipping.VARIABLE, "0")
+    assert "=0" in ra.explain(ra.SDPA(bias=ra.ALiBi()), sizes)["skipping"]["cpu"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu import decode, fast, score
+from refattn.engines.cpu import decode, fast, score, skipping
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
@@ -39,6 +39,12 @@ def refuses(problem: Problem) -> str | None:
     if others:
         return f"the cpu engine gives out and lse, and not {' and not '.join(others)}"
     return None
+
+
+def skips(problem: Problem) -> str | None:
+    """What of the problem is left out because it is proved not to count, or None."""
+    plan = problem.outline or problem.plan
+    return skipping.told(plan) if isinstance(plan, Score) else None
 
 
 def run(problem: Problem) -> Outputs:

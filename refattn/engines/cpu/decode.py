@@ -111,8 +111,9 @@ def run(x: Arrays, storage: int = FLOAT32) -> tuple[Array, Array, Array]:
     results = Results(out.reshape(-1), lse.reshape(-1), redo.reshape(-1))
     count, share = heads // groups * lq, share_of(batch * groups, lk)
     tasks = batch * groups * -(-lk // share)
-    found = (np.empty((tasks, count), np.float32) for _ in range(2))
-    parts = Parts(*found, np.empty((tasks, count, in_lines(width, storage)), np.float32), np.zeros(batch * groups, np.int64))
+    top, total = (np.empty((tasks, count), np.float32) for _ in range(2))
+    o = np.empty((tasks, count, in_lines(width, storage)), np.float32)
+    parts = Parts(top, total, o, np.zeros(batch * groups, np.int64))
     counter = np.zeros(1, np.int64)
     together(
         kernel(lanes(), storage),

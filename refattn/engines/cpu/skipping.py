@@ -33,12 +33,14 @@ from refattn.engines.cpu._jit import bare, inner, stamp
 from refattn.engines.cpu.bounds import afford, gauge, lengths, peaks, squares
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.work import KEYS, Array, Arrays, Rows, Tile
+from refattn.plan import Dense, Score, Slope
 
 VARIABLE = "REFATTN_SKIPPING"
 EPSILON = 2.0**-4  # of the published bound
 SHORTEST = 512  # keys: below, the bounds cost more than they spare
 SLACK = 2.0**-10  # relative, of lengths and distances: more than they round for D up to 4096
 _DEEPEST = 4096
+_COMMON = 10  # scale |q||k| of the example that `told` gives
 OUT, LSE = (np.float32(math.log2(EPSILON * n * 2.0**-24) - 2.0**-4) for n in (7, 4))  # bits, less what is rounded here
 
 
@@ -65,8 +67,8 @@ _NONE = Norms(False, _EMPTY, _EMPTY, _EMPTY, _EMPTY, np.zeros((1, 0), np.int64),
 
 def norms(x: Arrays, width: int, storage: int) -> Norms:
     """Of a plan whose bias falls with distance and has no array to be searched; else nothing is left out."""
-    batch, heads, groups, _, lk, depth, size = x.sizes
-    wanted = x.sloping and lk >= SHORTEST and depth <= _DEEPEST and not x.bias_strides.size
+    batch, heads, groups, lq, lk, depth, size = x.sizes
+    wanted = x.sloping and lq >= KEYS and lk >= SHORTEST and depth <= _DEEPEST and not x.bias_strides.size
     if not wanted or not (x.slopes > 0).any() or os.environ.get(VARIABLE) == "0":
         return _NONE
     count = -(-lk // KEYS)
@@ -85,6 +87,26 @@ def norms(x: Arrays, width: int, storage: int) -> Norms:
         absent=np.where(peak == 0, np.float32(2.0**100), np.float32(0)),
         most=np.maximum.accumulate(x.k_ends[..., 1], axis=1),
         tables=np.zeros(heads) + tables,
+    )
+
+
+def told(plan: Score) -> str | None:
+    """For `explain`: where leaving out may begin; None for a plan of which no key is left out.
+
+    In natural units a tile of keys goes once slope · distance > 2 c + ln n + ln 1 / (4 ε u), where c is the greatest
+    scale |q||k|; values that nearly cancel, and short heads of a large value, put it off.
+    """
+    slopes = sum((b.slopes for b in plan.bias if isinstance(b, Slope)), np.zeros(plan.q.shape[1]))
+    lq, lk = plan.q.shape[2], plan.k.shape[2]
+    if not (slopes > 0).any() or any(isinstance(b, Dense) for b in plan.bias) or lk < SHORTEST or lq < KEYS:
+        return None
+    if os.environ.get(VARIABLE) == "0":
+        return f"{VARIABLE}=0: no key is left out"
+    bits = 2 * _COMMON + math.log(KEYS) - math.log(4 * EPSILON * 2.0**-24)
+    first = ", ".join(f"{bits / slope:.0f}" if slope > 0 else "never" for slope in slopes.tolist())
+    return (
+        f"keys that together are proved to weigh less than 1/{1 / EPSILON:.0f} of the published bound are left out; "
+        f"where scale |q||k| is at most {_COMMON}, from about these distances on, head by head: {first}"
     )
 
 
