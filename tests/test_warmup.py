@@ -96,7 +96,7 @@ print(storage.widened(np.ones(3, ml_dtypes.bfloat16)))
     file = tmp_path / "refattn" / "engines" / "cpu" / "tiles.py"
     text, before = file.read_text(), "x.store(x.stored(x.at(source, (at, 2)), width), x.at(to, (at, 4)))"
     assert before in text
-    doubled = before.replace("x.stored(", "x.b.fadd(wide := x.stored(").replace("width), x.at(to", "width), wide), x.at(to")
+    doubled = "x.store(x.b.fadd(wide := x.stored(x.at(source, (at, 2)), width), wide), x.at(to, (at, 4)))"
     file.write_text(text.replace(before, doubled))
     assert python(script, tmp_path / "cache", cwd=tmp_path) == "[2. 2. 2.]\n"
 
@@ -121,7 +121,8 @@ def stamped():
     for name, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "stamp":
-                yield name, {argument.id for argument in node.args}
+                scope = vars(import_module(f"refattn.engines.cpu.{name}"))
+                yield name, {scope[argument.id].__name__.rpartition(".")[2] for argument in node.args}
 
 
 def test_stamps_name_every_file_whose_functions_a_kernel_may_call():
@@ -168,6 +169,12 @@ def test_a_stopped_warmup_says_what_is_kept(monkeypatch, tmp_path):
     assert lines[-1] == f"stopped: 1 of 2 kernels are in {tmp_path}; run it again to go on"
 
 
+def test_the_call_of_each_kernel_needs_it():
+    for k in warm.kernels():
+        k.warm()
+        assert all(f.signatures for f in k.functions), k.name
+
+
 def test_warmup_knows_every_kernel_that_a_call_compiles():
     """Each function that is compiled and kept stands in the list."""
     listed = {f.py_func.__qualname__ for k in warm.kernels() for f in k.functions}
@@ -184,5 +191,6 @@ def test_warmup_knows_every_kernel_that_a_call_compiles():
 def inside(path):
     for outer in ast.parse(path.read_text()).body:
         for node in getattr(outer, "body", ()) if isinstance(outer, ast.FunctionDef) else ():
-            if isinstance(node, ast.FunctionDef) and {"bare", "jit"} & {getattr(d, "id", "") for d in node.decorator_list}:
+            decorators = {getattr(d, "id", "") for d in getattr(node, "decorator_list", ())}
+            if {"bare", "jit"} & decorators:
                 yield outer.name, node.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,23 +43,25 @@ def kernels() -> Iterator[Kernel]:
         code = storage.storage_of(np.zeros(0, kind))
         if code is None:
             continue
-        yield Kernel(f"search of {kind} numbers", (storage._greatest,), lambda kind=kind: storage.finite(np.ones(1, kind)))
+        search = (storage._greatest,)
+        yield Kernel(f"search of {kind} numbers", search, partial(storage.finite, np.ones(1, kind)))
         if code:
             functions = tuple(storage._converter(lane << 16 | code << 24, widening) for widening in (True, False))
-            yield Kernel(f"conversion of {kind}", functions, lambda kind=kind: _convert(kind))
+            yield Kernel(f"conversion of {kind}", functions, partial(_convert, kind))
         shape = forward.shape_for(1, _LONG, code)
-        yield Kernel(f"forward, {kind}", (forward.kernel(shape),), lambda kind=kind: _run(_plan(kind, _LONG, _LONG)))
+        yield Kernel(f"forward, {kind}", (forward.kernel(shape),), partial(_run, kind, _LONG, _LONG))
         norms = (skipping._measure(shape.width << 16 | 1 << 8 | 1 | code << 24),)
-        yield Kernel(f"norms of keys, {kind}", norms, lambda kind=kind: _run(_plan(kind, _LONG, skipping.SHORTEST, True)))
-        yield Kernel(f"decode, {kind}", (decode.kernel(lane, code),), lambda kind=kind: _run(_plan(kind, 1, _LONG)))
+        yield Kernel(f"norms of keys, {kind}", norms, partial(_run, kind, skipping.SHORTEST, skipping.SHORTEST, True))
+        yield Kernel(f"decode, {kind}", (decode.kernel(lane, code),), partial(_run, kind, 1, _LONG))
     for kind, (name, call) in product((np.float32, np.float64), _BY_ROW.items()):
         function = getattr(score, name)
-        yield Kernel(f"{name} row by row, {kind.__name__}", (function,), lambda f=function, c=call, kind=kind: c(f, kind))
+        yield Kernel(f"{name} row by row, {kind.__name__}", (function,), partial(call, function, kind))
 
 
 def folder() -> Path | None:
     """Where the machine code is kept; None where no folder can be written."""
-    path = score.forward.stats.cache_path
+    function: Any = score.forward
+    path = function.stats.cache_path
     return None if path is None else Path(path)
 
 
@@ -71,7 +74,8 @@ def _plan(kind: Any, lq: int, lk: int, falling: bool = False) -> Score:
     return Score(q=q, k=k, v=k, scale=1.0, positions=(np.arange(lq)[None], np.arange(lk)[None]), bias=bias)
 
 
-def _run(plan: Score) -> None:
+def _run(kind: Any, lq: int, lk: int, falling: bool = False) -> None:
+    plan = _plan(kind, lq, lk, falling)
     fast.run(plan, plan.q.astype(np.float32), plan.k, plan.v)
 
 
