@@ -50,6 +50,8 @@ def attention(
 
         out = Σ_j softmax_j(softcap(scale q·k) + bias | visible, sink) v_j
 
+    Weights by sigmoid, keys and values in int8 or in blocks are options of `refattn.SDPA`, for `evaluate` and `vjp`.
+
     Parameters
     ----------
     q, k, v : arrays (B,Hq,Lq,D), (B,Hkv,Lk,D), (B,Hkv,Lk,Dv)

@@ -76,7 +76,8 @@ class Problem:
 
     def real_inputs(self) -> dict[str, NDArray[Any]]:
         """The inputs that have gradients."""
-        return {name: a for name, a in self.inputs.items() if self.signature[name].kind == "real"}
+        signature = self.signature
+        return {name: a for name, a in self.inputs.items() if signature[name].kind == "real"}
 
     def lift(self, convert: Any) -> dict[str, Any]:
         """Inputs with the real ones, as float64, passed through `convert`; integers and booleans as they are."""

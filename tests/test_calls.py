@@ -193,7 +193,7 @@ def test_an_error_in_any_thread_reaches_the_caller(error, of_caller):
     with pytest.raises(error):
         pool.together(part, tuple, 9, 1 << 40)
     assert len(done) == (2 if of_caller else 1)
-    pool.together(lambda: done.clear(), tuple, 9, 1 << 40)
+    pool.together(done.clear, tuple, 9, 1 << 40)
     assert not done
 
 

@@ -230,7 +230,8 @@ Mistake = tuple[str, dict[str, Any], dict[str, Any]]
 def mistakes(case: Case) -> Iterator[Mistake]:
     """What a backend may get wrong of the options that this case sets: label, arrays, changed fields of the spec."""
     spec, arrays = registry.whole(case.spec)[0], recipes.inputs(case)
-    yield from ((f"without {name}", without(arrays, name), {}) for name in DROPPED if name in arrays)
+    optional = [name for name in DROPPED if name in arrays and not ("block_table" in arrays and name == "kv_lengths")]
+    yield from ((f"without {name}", without(arrays, name), {}) for name in optional)
     if "keep" in arrays:
         yield "without the keep-mask", without(arrays, "keep"), {"keep_probability": None}
     if spec.variant == "sdpa":
@@ -323,6 +324,9 @@ def mistakes_of_newer_options(case: Case, spec: Any, arrays: dict[str, Any]) -> 
         if len(table) > 1:
             wrong["the first sequence's blocks"] = np.repeat(table[:1], len(table), 0)
         yield from ((label, arrays | {"block_table": other}, {}) for label, other in wrong.items())
+        full = np.full(len(table), table.shape[1] * case.sizes["S"])
+        if (arrays["kv_lengths"] < full).any():
+            yield "lengths of whole tables", arrays | {"block_table": table, "kv_lengths": full}, {}
     if spec.kv == "int8":
         for name in ("k_scale", "v_scale"):
             given = arrays[name]

@@ -15,20 +15,13 @@ WHOLE = Recipe(kind="integers", limit=127, exp2=0)
 """Integers from −127 to 127."""
 
 
-def scale(*shape: int, exp2: int = -6) -> Recipe:
-    """Scales between 9/16 and 23/16 of 2^exp2, of the whole shape if none is said."""
-    return Recipe(
-        kind="integers",
-        limit=7,
-        exp2=exp2 - 4,
-        shape=shape or None,
-        edits=(Edit(at=(), op="add", value=2.0**exp2),),
-    )
+SCALE = Recipe(kind="integers", limit=7, exp2=-10, edits=(Edit(at=(), op="add", value=2.0**-6),))
+"""Scales between 9/16 and 23/16 of 2^-6."""
 
 
 def int8(**more: Recipe) -> dict[str, Recipe]:
     """Inputs of integers with a scale for each token and head, or as told."""
-    return {"k": WHOLE, "v": WHOLE, "k_scale": scale(), "v_scale": scale(), **more}
+    return {"k": WHOLE, "v": WHOLE, "k_scale": SCALE, "v_scale": SCALE, **more}
 
 
 def blocks(batch: int, count: int, *table: int) -> Recipe:
@@ -67,7 +60,9 @@ def scales() -> Iterator[Case]:
         sizes=sizes((1, 70), (8, 2), (16, 16), batch=3),
         dtype="bfloat16",
         inputs=int8(
-            k_scale=scale(1, 2, 1), v_scale=scale(1, 2, 1, exp2=-5), kv_lengths=integers(70, 1, 33)
+            k_scale=Recipe(kind="values", values=(15 / 1024, 23 / 1024), shape=(1, 2, 1)),
+            v_scale=Recipe(kind="values", values=(19 / 512, 27 / 512), shape=(1, 2, 1)),
+            kv_lengths=integers(70, 1, 33),
         ),
         catches="k dequantised to bfloat16 before the product, or a decode step that reads another head's scale",
     )
@@ -87,8 +82,8 @@ def scales() -> Iterator[Case]:
         spec=SDPA(kv="int8", causal="bottom_right"),
         sizes=sizes((5, 16), (2, 1), batch=2),
         inputs=int8(
-            k_scale=edited(scale(), set_((None, None, (13, 14, 15)), NAN)),
-            v_scale=edited(scale(), set_((None, None, (13, 14, 15)), NAN)),
+            k_scale=edited(SCALE, set_((None, None, (13, 14, 15)), NAN)),
+            v_scale=edited(SCALE, set_((None, None, (13, 14, 15)), NAN)),
             kv_lengths=integers(13, 6),
         ),
         flags=("poison",),
@@ -107,8 +102,8 @@ def scales() -> Iterator[Case]:
         spec=SDPA(kv="int8"),
         sizes=sizes((6, 10), (2, 1)),
         inputs=int8(
-            k_scale=edited(scale(), set_((None, None, (2, 3)), 0.0)),
-            v_scale=edited(scale(), set_((None, None, (3, 7)), 0.0)),
+            k_scale=edited(SCALE, set_((None, None, (2, 3)), 0.0)),
+            v_scale=edited(SCALE, set_((None, None, (3, 7)), 0.0)),
         ),
         catches="a scale of 0, as a token of zeros has it, divided by or taken for a mask",
     )
@@ -192,7 +187,7 @@ def pages() -> Iterator[Case]:
         spec=SDPA(paged=True, kv="int8", causal="bottom_right"),
         sizes=in_blocks(2, (4, 2), (8, 8), 2, (5, 4, 2)),
         inputs=int8(
-            k_scale=edited(scale(), set_((2, None, 3), NAN)),
+            k_scale=edited(SCALE, set_((2, None, 3), NAN)),
             block_table=blocks(2, 2, 4, 2, 0, 3),
             kv_lengths=integers(7, 8),
         ),

@@ -23,7 +23,7 @@ values (content terms may add to the value that a pair reads). A row that sees n
 
 Source: Vaswani et al., arXiv 1706.03762, equation 1; grouped heads: Ainslie et al., arXiv 2305.13245; softcap: Gemma 2,
 arXiv 2408.00118, section 2; sinks: gpt-oss, and Miller's softmax-off-by-one, which is a sink of logit 0; sigmoid:
-Ramapuram et al., arXiv 2409.04431, section 2, where b = −ln n.
+Ramapuram et al., arXiv 2409.04431, where b = −ln n.
 
 Differs from: torch's is_causal (top-left only); flash-attention's window_size (the same inclusive pair, −1 for None);
 transformers' sliding_window (a count of keys, self included: window = (n − 1, 0)); ONNX Attention, which scales q and
@@ -35,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -143,13 +144,8 @@ _ARRAYS = {
 
 
 def signature(spec: SDPA) -> dict[str, Array]:
-    """q, k, v and what the options add; sigmoid attention has no normaliser for a sink to stand in."""
-    arrays = dict(_ARRAYS)
-    if spec.normalizer == "sigmoid":
-        del arrays["sink"]
-    if spec.keep_probability is not None:
-        arrays["keep"] = Array(_PAIRS, "bool", "choice", broadcast=True)
-    arrays = _kept.signature(arrays, spec.kv, spec.paged)
+    """q, k, v and what the options and the terms add."""
+    arrays = dict(_own_arrays(spec.normalizer == "sigmoid", spec.keep_probability is not None, spec.kv, spec.paged))
     for term in spec.terms:
         own = _module(term).signature(term)
         other = next((name for name in own if arrays.get(name, own[name]) != own[name]), None)
@@ -158,6 +154,15 @@ def signature(spec: SDPA) -> dict[str, Array]:
             raise SpecError(f"{other} is {sizes}: {spec.terms}")
         arrays |= own
     return arrays
+
+
+@cache
+def _own_arrays(sigmoid: bool, dropped: bool, kv: str | None, paged: bool) -> dict[str, Array]:
+    """All but those of terms; sigmoid attention has no normaliser for a sink to stand in."""
+    arrays = {name: array for name, array in _ARRAYS.items() if not (sigmoid and name == "sink")}
+    if dropped:
+        arrays["keep"] = Array(_PAIRS, "bool", "choice", broadcast=True)
+    return _kept.signature(arrays, kv, paged)
 
 
 def outputs(spec: SDPA) -> dict[str, Array]:

@@ -34,8 +34,8 @@ from refattn.engines.cpu.work import KEYS, LN2, LOG2E, Array, Arrays, Ends, Resu
 
 MOST = 16  # rows of a key head
 _LEAST = 512  # keys in a share, but for the last
-NEAR = 8192
-_TILES = 4  # of keys whose weights are made together
+_SHORT, _LONG = 1024, 8192  # bytes that are brought near ahead of one pass, and of several
+_TILES = 1  # of keys whose weights are made together
 _TASKS = 128  # shares wanted in all, so that threads end together
 
 
@@ -242,10 +242,13 @@ def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane
 
 
 @inner
-def visible(x: Arrays, at: Rows, ends: Ends, n: int, stop: int, keys: int) -> tuple[int, int]:
+def visible(
+    shape: int, x: Arrays, room: Array, at: Rows, ends: Ends, n: int, stop: int, keys: int
+) -> tuple[int, int]:
     """The first tile of keys from n on, before `stop`, of which a row sees some, and what hides pairs of it."""
+    literally(shape)
     while n < stop:
-        kinds = see(x, at, ends, n, min(KEYS, keys - n * KEYS))
+        kinds = see(shape, x, room, at, ends, n, min(KEYS, keys - n * KEYS))
         if kinds != NOTHING:
             return n, kinds
         n += 1
@@ -258,7 +261,7 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
     SHAPE = storage << 24 | lane << 16 | KEYS // lane << 8
     ONE, TWO, FOUR = SHAPE | 1, SHAPE | 2, SHAPE | 4
     LANES, LINES, SIZE = lane, PARTS[storage], BYTES[storage]
-    AHEAD, TILES = NEAR, _TILES
+    TILES, SHORT, LONG = _TILES, _SHORT, _LONG
     VERSION = stamp(sight, steps, tiles, vectors, work)
 
     @bare
@@ -270,7 +273,9 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
         o_line, row, whole = 4 * parts.o.shape[2], 4 * KEYS, 4 * KEYS * count
         c = np.float32(x.cap[0] if bent else x.unit)
         k_size, v_size = depth * SIZE, width * SIZE
-        k_ahead, v_ahead = max(AHEAD // k_size, 1) * k_size, max(AHEAD // v_size, 1) * v_size
+        # Several passes over the same keys take them in small steps, so that they are read from memory once.
+        step, ahead = (KEYS, SHORT) if count <= 2 else (LANES, LONG)
+        k_ahead, v_ahead = -(-ahead // k_size) * k_size, -(-ahead // v_size) * v_size
         while True:
             task = take(counter.ctypes.data)
             if task >= tasks:
@@ -286,20 +291,24 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
             parts.o[task] = 0.0
             tile.sums[:] = 0.0
             k, v = x.k.ctypes.data + (b * groups + g) * lk * k_size, x.v.ctypes.data + (b * groups + g) * lk * v_size
-            n, kinds = visible(x, at, ends, n, stop, keys)
+            n, kinds = visible(SHAPE, x, tile.bias[0], at, ends, n, stop, keys)
             while n < stop:
                 used = 0
                 while used < TILES and n < stop:
                     j, many, here = n * KEYS, min(KEYS, keys - n * KEYS), s + used * whole
                     a = k + j * k_size
-                    for r in range(0, count - 3, 4):
-                        dots(FOUR, here + row * r, q + line * r, line, a, k_ahead, many, depth, c)
-                    if count & 2:
-                        r = count & ~3
-                        dots(TWO, here + row * r, q + line * r, line, a, k_ahead, many, depth, c)
-                    if count & 1:
-                        r = count - 1
-                        dots(ONE, here + row * r, q + line * r, line, a, k_ahead, many, depth, c)
+                    for m in range(0, many, step):
+                        some, near = min(step, many - m), k_ahead
+                        for r in range(0, count - 3, 4):
+                            dots(FOUR, here + row * r + 4 * m, q + line * r, line, a + m * k_size, near, some, depth, c)
+                            near = 0
+                        if count & 2:
+                            r = count & ~3
+                            dots(TWO, here + row * r + 4 * m, q + line * r, line, a + m * k_size, near, some, depth, c)
+                            near = 0
+                        if count & 1:
+                            r = count - 1
+                            dots(ONE, here + row * r + 4 * m, q + line * r, line, a + m * k_size, near, some, depth, c)
                     if bent:
                         bend(SHAPE, here, count, np.float32(1.0), np.float32(x.cap[1]))
                     bias(SHAPE, x, tile, here, at, j, many)
@@ -309,19 +318,19 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
                             tile.s[used, r, m] = -np.inf
                     tile.first[used] = j
                     used += 1
-                    n, kinds = visible(x, at, ends, n + 1, stop, keys)
+                    n, kinds = visible(SHAPE, x, tile.bias[0], at, ends, n + 1, stop, keys)
                 weights(SHAPE, s, whole, used, top, sums, factor, count)
-                for m in range(used):
-                    j, many, here = tile.first[m], min(KEYS, keys - tile.first[m]), s + m * whole
-                    a, by = v + j * v_size, factor if m == 0 else ones
-                    for r in range(0, count - 3, 4):
-                        blend(FOUR, o + o_line * r, o_line, by + 4 * r, here + row * r, a, v_ahead, many, width)
-                    if count & 2:
-                        r = count & ~3
-                        blend(TWO, o + o_line * r, o_line, by + 4 * r, here + row * r, a, v_ahead, many, width)
-                    if count & 1:
-                        r = count - 1
-                        blend(ONE, o + o_line * r, o_line, by + 4 * r, here + row * r, a, v_ahead, many, width)
+                for t in range(used):
+                    j, many, here = tile.first[t], min(KEYS, keys - tile.first[t]), s + t * whole
+                    for m in range(0, many, step):
+                        some, near, by = min(step, many - m), v_ahead, factor if t + m == 0 else ones
+                        a, w = v + (j + m) * v_size, here + 4 * m
+                        for r in range(0, count - 1, 2):
+                            blend(TWO, o + o_line * r, o_line, by + 4 * r, w + row * r, a, near, some, width)
+                            near = 0
+                        if count & 1:
+                            r = count - 1
+                            blend(ONE, o + o_line * r, o_line, by + 4 * r, w + row * r, a, near, some, width)
             for r in range(count):
                 total = np.float32(0.0)
                 for lane in range(LANES):

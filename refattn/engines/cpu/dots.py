@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from itertools import product
 from typing import Any
 
 from llvmlite import ir
@@ -28,8 +29,9 @@ from refattn.engines.cpu.vectors import BFLOAT16, F32, FLOAT16, FLOAT32, I8, I16
 PARTS = (1, 2, 1, 4)  # of a line, by storage
 BYTES = (4, 2, 2, 1)  # of a stored number
 _STORED = (F32, I16, I16, I8)
-AT_A_TIME = 16  # keys whose values are added up at a time
-LINES = {1: 8, 2: 8, 4: 4}  # of float32, by rows: sums that fit the registers
+PREFETCH = True
+_KEYS = {1: 1, 2: 1, 4: 2}  # that are met at a time, by rows: few, so that memory is read nearly in order
+_LINES = 8  # of float32 that values are read in at a time: with two rows their sums fit the registers
 LEAST = -float.fromhex("0x1.fffffep127")  # no logit that is a number lies below, and −∞ does
 
 
@@ -88,11 +90,21 @@ class Reader:
 
     def ahead(self, address: Any) -> None:
         """Have the line at an address brought near."""
+        if not PREFETCH:
+            return
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         name = "llvm.prefetch.p0"
         function = self.x.b.module.globals.get(name) or ir.Function(self.x.b.module, kind, name)
         self.x.b.call(function, [self.x.b.inttoptr(address, byte), I32(0), I32(2), I32(1)])
+
+
+def kept(x: Lanes, address: Any) -> Any:
+    """The same address, of which LLVM does not know how it was made.
+
+    Else it splits sums of addresses so that every load in a loop has a pointer of its own, which registers cannot hold.
+    """
+    return x.b.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [address], False)
 
 
 def folded(x: Lanes, vectors: Sequence[Any], step: int = 1) -> list[Any]:
@@ -140,13 +152,15 @@ def by_row(x: Lanes, found: Sequence[Any], rows: int, each: int) -> list[Any]:
     `found` are the sums of as many equal stretches of the keys: lane (m rows + r) each + k is row r and key k of the
     m-th part of a stretch.
     """
+    stretch = x.width // len(found)
+    order = [(n // stretch, n % stretch // each, n % each) for n in range(x.width)]  # stretch, part, key of each lane
     if rows == 4:
-        return exchanged(x, found, each)
-    if rows == 1:
-        return list(found)
-    half = x.width // 2
-    lanes = [n // half * x.width + n % half // each * 2 * each + n % each for n in range(x.width)]
-    return [x.mix(found[0], found[1], [n + r * each for n in lanes]) for r in range(rows)]
+        lanes = [part * rows * each + s * each + key for s, part, key in order]
+        return [x.mix(a, a, lanes) for a in exchanged(x, found, each)]
+    if rows == 2:
+        lanes = [s * x.width + part * rows * each + key for s, part, key in order]
+        return [x.mix(found[0], found[1], [n + r * each for n in lanes]) for r in range(rows)]
+    return list(found)
 
 
 @inline
@@ -156,39 +170,48 @@ def dots(x: Lanes, s: Any, q: Any, stride: Any, k: Any, ahead: Any, count: Any, 
     NaN for what is not finite. q's rows are `stride` bytes apart, keys follow each other.
     """
     read, unit = Reader(x), x.spread(c)
-    each = min(4, x.width // read.rows)  # keys at a time: few, so that memory is read nearly in order
+    each = min(_KEYS[read.rows], x.width // read.rows)
+    chains = 4 // read.rows  # sums of one product, for one alone would wait for each of its additions
+    several = max(chains // read.parts, 1)
     whole = x.b.sdiv(depth, I64(read.numbers))
     left = x.b.sub(depth, x.b.mul(whole, I64(read.numbers)))
     size, last = x.b.mul(depth, I64(BYTES[x.storage])), x.b.sub(count, I64(1))
+    rows = [kept(x, x.at(q, (stride, r))) for r in range(read.rows)]
     partial = cgutils.alloca_once(x.b, ir.ArrayType(x.floats, x.width // each))  # type: ignore[no-untyped-call]
     partial = x.b.ptrtoint(partial, I64)
     with x.each(x.b.sdiv(x.b.add(count, I64(x.width - 1)), I64(x.width))) as block:
         with x.each(x.width // each) as group:
             first = x.at(I64(0), (block, x.width), (group, each))
             numbers = [x.b.add(first, I64(n)) for n in range(each)]
-            own = [x.at(k, (x.b.select(x.b.icmp_signed("<", n, last), n, last), size)) for n in numbers]
-            sums = x.variables([x.spread(0.0)] * (read.rows * each))
+            own = [kept(x, x.at(k, (x.b.select(x.b.icmp_signed("<", n, last), n, last), size))) for n in numbers]
+            sums = x.variables([x.spread(0.0)] * (read.rows * each * chains))
 
-            def step(line: Any, live: Any = None) -> None:
-                offset = x.at(I64(0), (line, 4 * read.numbers))
+            def step(line: Any, live: Any = None, chain: int = 0) -> None:
                 queries = [
-                    [x.load(x.at(q, (stride, r), offset, 4 * x.width * p)) for p in range(read.parts)]
-                    for r in range(read.rows)
+                    [x.load(x.at(a, (line, 4 * read.numbers), 4 * x.width * p)) for p in range(read.parts)] for a in rows
                 ]
                 for n in range(each):
                     address = x.at(own[n], (line, read.bytes))
                     read.ahead(x.b.add(address, ahead))
                     parts = read.line(address, live)
-                    for r in range(read.rows):
-                        for query, part in zip(queries[r], parts, strict=True):
-                            place = sums[r * each + n]
-                            x.b.store(x.fma(part, query, x.b.load(place)), place)
+                    for r, p in product(range(read.rows), range(read.parts)):
+                        place = sums[(chain + p) % chains * read.rows * each + r * each + n]
+                        x.b.store(x.fma(parts[p], queries[r][p], x.b.load(place)), place)
 
-            with x.each(whole) as line:
-                step(line)
+            with x.each(x.b.sdiv(whole, I64(several))) as line:
+                for n in range(several):
+                    step(x.at(I64(n), (line, several)), chain=n * read.parts)
+            for n in range(several - 1):
+                done = x.b.add(x.b.mul(x.b.sdiv(whole, I64(several)), I64(several)), I64(n))
+                with x.b.if_then(x.b.icmp_signed("<", done, whole)):
+                    step(done, chain=n * read.parts)
             with x.b.if_then(x.b.icmp_signed(">", left, I64(0))):
                 step(whole, left)
-            x.store(folded(x, [x.b.load(place) for place in sums])[0], x.at(partial, (group, 4 * x.width)))
+            found = [x.b.load(place) for place in sums]
+            while len(found) > read.rows * each:
+                half = len(found) // 2
+                found = [x.b.fadd(a, c) for a, c in zip(found[:half], found[half:], strict=True)]
+            x.store(folded(x, found)[0], x.at(partial, (group, 4 * x.width)))
         found = [x.load(x.at(partial, 4 * x.width * n)) for n in range(x.width // each)]
         for r, sum_ in enumerate(by_row(x, folded(x, found, read.rows * each), read.rows, each)):
             logits = x.b.fmul(sum_, unit)
@@ -230,9 +253,11 @@ def blend(
     read = Reader(x)
     whole, size = x.b.sdiv(width, I64(read.numbers)), x.b.mul(width, I64(BYTES[x.storage]))
     left = x.b.sub(width, x.b.mul(whole, I64(read.numbers)))
-    most = max(LINES[read.rows] // read.parts, 1)
+    most = max(_LINES // read.parts, 1)
 
-    def block(begin: Any, many: Any, by: list[Any], line: Any, lines: int, live: Any = None) -> None:
+    by = [x.spread(x.load(x.at(factor, 4 * r), F32)) for r in range(read.rows)]
+
+    def block(line: Any, lines: int, live: Any = None) -> None:
         places = [
             [
                 x.at(o, (stride, r), (line, 4 * read.numbers), 4 * x.width * n)
@@ -241,9 +266,8 @@ def blend(
             for r in range(read.rows)
         ]
         sums = [x.variables([x.b.fmul(x.load(a), f) for a in row]) for row, f in zip(places, by, strict=True)]
-        with x.each(many) as m:
-            n = x.b.add(begin, m)
-            address = x.at(v, (n, size), (line, read.bytes))
+        with x.each(count) as n:
+            address = kept(x, x.at(v, (n, size), (line, read.bytes)))
             shares = [x.spread(x.load(x.at(w, (x.row, r), (n, 4)), F32)) for r in range(read.rows)]
             for d in range(lines):
                 read.ahead(x.at(address, ahead, d * read.bytes))
@@ -255,21 +279,15 @@ def blend(
             for a, place in zip(row, found, strict=True):
                 x.store(x.b.load(place), a)
 
-    with x.each(x.b.sdiv(x.b.add(count, I64(AT_A_TIME - 1)), I64(AT_A_TIME))) as turn:
-        begin = x.b.mul(turn, I64(AT_A_TIME))
-        rest = x.b.sub(count, begin)
-        many = x.b.select(x.b.icmp_signed("<", rest, I64(AT_A_TIME)), rest, I64(AT_A_TIME))
-        first = x.b.icmp_signed("==", turn, I64(0))
-        by = [x.spread(x.b.select(first, x.load(x.at(factor, 4 * r), F32), F32(1.0))) for r in range(read.rows)]
-        with x.each(x.b.sdiv(whole, I64(most))) as n:
-            block(begin, many, by, x.b.mul(n, I64(most)), most)
-        lines = most // 2
-        while lines:
-            with x.b.if_then(x.b.icmp_signed(">", x.b.and_(whole, I64(lines)), I64(0))):
-                block(begin, many, by, x.b.sub(whole, x.b.and_(whole, I64(2 * lines - 1))), lines)
-            lines //= 2
-        with x.b.if_then(x.b.icmp_signed(">", left, I64(0))):
-            block(begin, many, by, whole, 1, left)
+    with x.each(x.b.sdiv(whole, I64(most))) as n:
+        block(x.b.mul(n, I64(most)), most)
+    lines = most // 2
+    while lines:
+        with x.b.if_then(x.b.icmp_signed(">", x.b.and_(whole, I64(lines)), I64(0))):
+            block(x.b.sub(whole, x.b.and_(whole, I64(2 * lines - 1))), lines)
+        lines //= 2
+    with x.b.if_then(x.b.icmp_signed(">", left, I64(0))):
+        block(whole, 1, left)
 
 
 @inline
