@@ -36,9 +36,11 @@ def outline(problem: Any) -> Score | None:
     Where there are no other inputs it depends on the spec and three shapes, and is kept for the next call.
     """
     inputs, lower = problem.inputs, getattr(problem.variant, "lower", None)
-    if not callable(lower) or hasattr(problem.variant, "state") or not {"q", "k", "v"} <= inputs.keys():
+    if not callable(lower) or hasattr(problem.variant, "state"):
         return None
-    shapes = tuple(inputs[n].shape for n in "qkv")
+    if "q" not in inputs or "k" not in inputs or "v" not in inputs:
+        return None
+    shapes = inputs["q"].shape, inputs["k"].shape, inputs["v"].shape
     if len(inputs) == len(shapes):
         try:
             return _kept(lower, problem.spec, shapes)

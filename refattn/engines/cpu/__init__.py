@@ -102,11 +102,15 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(replace(plan, q=q, k=k, v=v), kind))
     given, q, few = {"q": q, "k": k, "v": v}, widened(q), decode.suits(q.shape[1], k.shape[1], q.shape[2])
-    if k.dtype != v.dtype or storage_of(k) is None or not (few or finite(k)):
+    if k.dtype != v.dtype or storage_of(k) is None:
         k, v = widened(k), widened(v)
-    q, k, v = (converted(leaf, leaf.dtype) for leaf in (q, k, v))
-    if not few:
-        q, k = (a if finite(a) else rows(a) for a in (q, k))
+    q, k, v = converted(q, q.dtype), converted(k, k.dtype), converted(v, v.dtype)
+    # A logit of −∞ that a key's infinity makes would count as masked. Those of an infinity in q are all infinite or
+    # NaN, and their row is one of doubt, unless a cap or a sink makes numbers of them.
+    if not (few or finite(k)):
+        k, v = rows(widened(k)), widened(v)
+    if not (few or plan.sink is plan.softcap is None or finite(q)):
+        q = rows(q)
     out, lse, redo = fast.run(plan, q, k, v)
     if redo.any():
         v = widened(v)
@@ -118,6 +122,7 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
             score.see(again, bad, redo)
         for row in np.flatnonzero(redo).tolist():
             score.forward(again, out, lse, row, row + 1)
+        _sign(out, lse)
     return {"out": out, "lse": lse}
 
 
@@ -126,7 +131,14 @@ def _forward(x: Operands) -> dict[str, Floats]:
     out = np.empty((batch, heads, lq, x.v.shape[3]), x.q.dtype)
     lse = np.empty((batch, heads, lq), x.q.dtype)
     spread(score.forward, (x, out, lse), lse.size, _work(x))
+    _sign(out, lse)
     return {"out": out} if x.sigmoid else {"out": out, "lse": lse}
+
+
+def _sign(*outputs: NDArray[Any]) -> None:
+    """Make every NaN the positive one: the sign of a computed NaN differs between processors."""
+    for a in outputs:
+        np.copyto(a, np.nan, where=np.isnan(a))
 
 
 def _wide(outputs: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:

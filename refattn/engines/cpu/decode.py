@@ -24,7 +24,7 @@ from numba import literally  # type: ignore[attr-defined]
 
 from refattn.engines.cpu import dots as steps
 from refattn.engines.cpu import sight, tiles, vectors, work
-from refattn.engines.cpu._jit import bare, lanes, stamp
+from refattn.engines.cpu._jit import bare, inner, lanes, stamp
 from refattn.engines.cpu.dots import BYTES, LEAST, PARTS, added, blend, dots, sloped, weights
 from refattn.engines.cpu.pool import together
 from refattn.engines.cpu.sight import MASKS, NOTHING, POSITIONS, SEGMENTS, see
@@ -124,7 +124,7 @@ def run(x: Arrays, storage: int = FLOAT32) -> tuple[Array, Array, Array]:
     return out, lse, redo
 
 
-@bare
+@inner
 def place_of(d: int, lane: int, parts: int) -> int:
     """Where number d of a row stands in lines of `parts` vectors of `lane` numbers; all powers of two."""
     line = lane * parts
@@ -132,7 +132,7 @@ def place_of(d: int, lane: int, parts: int) -> int:
     return place
 
 
-@bare
+@inner
 def begin(x: Arrays, tile: Scratch, at: Rows, lane: int, parts: int) -> Ends:
     """Begin a share: the rows of a key head, q by lines."""
     lq, depth, b = x.sizes[3], x.sizes[5], at.b
@@ -152,7 +152,7 @@ def begin(x: Arrays, tile: Scratch, at: Rows, lane: int, parts: int) -> Ends:
     return Ends(least, greatest, low, high)
 
 
-@bare
+@inner
 def veil(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: int, kinds: int) -> None:
     """−∞ in the logits at the address s for pairs that are masked; `kinds` as `sight.see` says."""
     literally(shape)
@@ -174,14 +174,14 @@ def veil(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: 
             keep(shape, s, at.rows, tile.bias.ctypes.data)
 
 
-@bare
+@inner
 def copy(to: Array, numbers: Array, j: int, count: int) -> None:
     """Numbers j to j + count."""
     for n in range(count):
         to[n] = numbers[j + n]
 
 
-@bare
+@inner
 def bias(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: int) -> None:
     """Add all biases of a tile to its logits at the address s."""
     literally(shape)
@@ -205,7 +205,7 @@ def bias(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: 
         added(shape, s, at.rows, tile.bias.ctypes.data, np.float32(LOG2E))
 
 
-@bare
+@inner
 def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane: int, lines: int) -> None:
     """Results of the rows of a key head from the parts of its shares; v's numbers lie in o as in `dots`."""
     _, _, groups, lq, _, _, width = x.sizes
@@ -241,7 +241,7 @@ def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane
         results.lse[row] = -np.inf if total == 0.0 else LN2 * (float(top) + math.log2(total))
 
 
-@bare
+@inner
 def visible(
     shape: int, x: Arrays, room: Array, at: Rows, ends: Ends, n: int, stop: int, keys: int
 ) -> tuple[int, int]:

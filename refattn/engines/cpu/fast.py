@@ -33,9 +33,11 @@ def _once(find: Callable[[Score], Found]) -> Callable[[Score], Found]:
 
     @wraps(find)
     def found(plan: Score) -> Found:
-        if plan not in known:
-            known[plan] = find(plan)
-        return known[plan]
+        try:
+            return known[plan]
+        except KeyError:
+            known[plan] = result = find(plan)
+            return result
 
     return found
 

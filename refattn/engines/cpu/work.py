@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate
+from threading import local
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,8 +120,24 @@ class Tile(NamedTuple):
     segment: Array
 
 
+class _Own(local):
+    """The scratch that a thread used last."""
+
+    made: tuple[tuple[int, ...], Tile] | None = None
+
+
+_own = _Own()
+
+
 def scratch(rows: int, depth: int, width: int, storage: int) -> Tile:
-    """Scratch of a thread, each part from a whole line of the cache on."""
+    """Scratch of this thread, each part from a whole line of the cache on; nobody reads what an earlier call left."""
+    key = rows, depth, width, storage
+    if _own.made is None or _own.made[0] != key:
+        _own.made = key, _tile(*key)
+    return _own.made[1]
+
+
+def _tile(rows: int, depth: int, width: int, storage: int) -> Tile:
     wide = [KEYS * depth, KEYS * width] if storage else [0, 0]
     sizes = [*(rows * n for n in (depth, width, KEYS, KEYS)), *wide, *[rows] * 9]
     starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
