@@ -29,7 +29,6 @@ from refattn.engines.cpu.vectors import BFLOAT16, F32, FLOAT16, FLOAT32, I8, I16
 PARTS = (1, 2, 1, 4)  # of a line, by storage
 BYTES = (4, 2, 2, 1)  # of a stored number
 _STORED = (F32, I16, I16, I8)
-PREFETCH = True
 _KEYS = {1: 1, 2: 1, 4: 2}  # that are met at a time, by rows: few, so that memory is read nearly in order
 _LINES = 8  # of float32 that values are read in at a time: with two rows their sums fit the registers
 LEAST = -float.fromhex("0x1.fffffep127")  # no logit that is a number lies below, and −∞ does
@@ -90,8 +89,6 @@ class Reader:
 
     def ahead(self, address: Any) -> None:
         """Have the line at an address brought near."""
-        if not PREFETCH:
-            return
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         name = "llvm.prefetch.p0"
