@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu import decode, fast, score, unread, work
+from refattn.engines.cpu import decode, fast, score, skipping
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
+from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
 from refattn.errors import ShapeError, Unsupported
 from refattn.plan import Dense, Score, Slope, Table, leaves, map_leaves
 from refattn.problem import Problem
 from refattn.spec import Outputs
 from refattn.tape import Tape, Variable
+from refattn.unpack import unpacked
 
 name = "cpu"
 
@@ -27,7 +30,7 @@ def refuses(problem: Problem) -> str | None:
     """A sentence for a variant that does not lower to a Score plan, or None."""
     if problem.unplanned is not None:
         return problem.unplanned
-    plan = unread.plan(problem) or problem.plan
+    plan = problem.outline or problem.plan
     if not isinstance(plan, Score):
         return f"the cpu engine runs Score plans, and {problem.spec.variant} lowers to {type(plan).__name__}"
     if plan.relative or plan.v_table:
@@ -38,9 +41,20 @@ def refuses(problem: Problem) -> str | None:
     return None
 
 
+def skips(problem: Problem) -> str | None:
+    """What of the problem is left out because it is proved not to count, or None."""
+    plan = problem.outline or problem.plan
+    return skipping.told(plan) if isinstance(plan, Score) else None
+
+
 def run(problem: Problem) -> Outputs:
-    """Out (B,Hq,Lq,Dv) and lse (B,Hq,Lq), computed in float32 or float64."""
-    return Outputs(_outputs(unread.plan(problem) or problem.score, _kind(problem)))
+    """Out (B,Hq,Lq,Dv) and, of a softmax, lse (B,Hq,Lq), computed in float32 or float64."""
+    plan = problem.outline or problem.score
+    q, k, v = (problem.inputs[n] for n in "qkv") if problem.outline else (plan.q, plan.k, plan.v)
+    found = _outputs(plan, q, k, v, _kind(problem))
+    if problem.dtype.itemsize == 2 and np.isfinite(found["out"]).all():
+        found["out"] = narrowed(found["out"], problem.dtype)
+    return Outputs(found)
 
 
 def vjp(
@@ -48,7 +62,7 @@ def vjp(
 ) -> Outputs:
     """Outputs and gradients d<name>: the kernels give the cotangents of the plan's leaves, the tape carries them on.
 
-    Where `outputs` holds out and lse of this problem, the forward pass is spared.
+    Where `outputs` holds the outputs of this problem, the forward pass is spared.
 
     Raises
     ------
@@ -61,12 +75,13 @@ def vjp(
         raise Unsupported(f"engine 'cpu' has no gradients of this {problem.spec.variant}: {problem.no_gradient}")
     tape, x = Tape(), problem.lift(np.asarray)
     inputs = {n: tape.variable(x[n]) for n in wrt}
-    taped: Any = problem.lowered(x | inputs)
+    lowered: Any = problem.lowered(x | inputs)
+    taped = unpacked(lowered)
     plan = map_leaves(taped, lambda leaf: getattr(leaf, "value", leaf))
     operands = prepare(plan, _kind(problem))
-    found = _saved(outputs or {}, operands) or _wide(_outputs(plan, _kind(problem)))
+    found = _saved(outputs or {}, operands) or _wide(_outputs(plan, plan.q, plan.k, plan.v, _kind(problem)))
     wanted = {n: leaf for n, leaf in leaves(taped).items() if isinstance(leaf, Variable)}
-    dout, dlse = (_cotangent(cotangents.get(n), found[n], operands) for n in ("out", "lse"))
+    dout, dlse = (_cotangent(cotangents.get(n), shape, operands) for n, shape in _shapes(operands).items())
     gradients = _backward(plan, operands, dout, dlse, set(wanted))
     carried = tape.gradients([(leaf, gradients[n]) for n, leaf in wanted.items()], list(inputs.values()))
     return Outputs(found | {f"d{n}": g for n, g in zip(wrt, carried, strict=True)})
@@ -76,20 +91,30 @@ def _kind(problem: Problem) -> type[np.floating[Any]]:
     return np.float64 if problem.dtype == np.float64 else np.float32
 
 
-def _outputs(plan: Score, kind: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
-    """Out and lse by the fast kernel where it can, its rows of doubt and all other plans row by row."""
+def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
+    """The outputs by the fast kernel where it can, its rows of doubt and all other plans row by row.
+
+    q, k and v stand in for those of the plan.
+    """
+    if plan.pages is not None or plan.k_scale is not None or plan.v_scale is not None:
+        plan = unpacked(replace(plan, q=q, k=k, v=v))
+        q, k, v = plan.q, plan.k, plan.v
     if kind is np.float64 or not fast.takes(plan):
-        return _forward(prepare(plan, kind))
-    q, k, v = (converted(leaf, kind) for leaf in (plan.q, plan.k, plan.v))
-    if not decode.suits(q.shape[1], k.shape[1], q.shape[2]):
-        q, k = (a if work.finite(a.reshape(-1)) else rows(a) for a in (q, k))
+        return _forward(prepare(replace(plan, q=q, k=k, v=v), kind))
+    given, q, few = {"q": q, "k": k, "v": v}, widened(q), decode.suits(q.shape[1], k.shape[1], q.shape[2])
+    if k.dtype != v.dtype or storage_of(k) is None or not (few or finite(k)):
+        k, v = widened(k), widened(v)
+    q, k, v = (converted(leaf, leaf.dtype) for leaf in (q, k, v))
+    if not few:
+        q, k = (a if finite(a) else rows(a) for a in (q, k))
     out, lse, redo = fast.run(plan, q, k, v)
     if redo.any():
-        again, finite = prepare(plan, kind), np.isfinite(v)
-        bad = np.argwhere(~finite.all(-1))
+        v = widened(v)
+        again, numbers = prepare(replace(plan, **given), kind), np.isfinite(v)
+        bad = np.argwhere(~numbers.all(-1))
         if len(bad):
             # A weight of 0 hides no NaN: once more without them, and those rows again that see one.
-            out, lse, redo = fast.run(plan, q, k, np.where(finite, v, np.float32(0)))
+            out, lse, redo = fast.run(plan, q, widened(k), np.where(numbers, v, np.float32(0)))
             score.see(again, bad, redo)
         for row in np.flatnonzero(redo).tolist():
             score.forward(again, out, lse, row, row + 1)
@@ -101,7 +126,7 @@ def _forward(x: Operands) -> dict[str, Floats]:
     out = np.empty((batch, heads, lq, x.v.shape[3]), x.q.dtype)
     lse = np.empty((batch, heads, lq), x.q.dtype)
     spread(score.forward, (x, out, lse), lse.size, _work(x))
-    return {"out": out, "lse": lse}
+    return {"out": out} if x.sigmoid else {"out": out, "lse": lse}
 
 
 def _wide(outputs: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
@@ -109,13 +134,19 @@ def _wide(outputs: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
 
 
 def _saved(outputs: Mapping[str, Any], x: Operands) -> dict[str, Floats] | None:
-    if not {"out", "lse"} <= set(outputs):
+    shapes = _shapes(x)
+    if x.sigmoid:
+        del shapes["lse"]
+    if not set(shapes) <= set(outputs):
         return None
-    shapes = {"out": (*x.q.shape[:3], x.v.shape[3]), "lse": x.q.shape[:3]}
     for n, shape in shapes.items():
         if outputs[n].shape != shape:
             raise ShapeError(f"{n} of an earlier evaluate has shape {outputs[n].shape}, but this problem's has {shape}")
     return {n: outputs[n].astype(np.float64) for n in shapes}
+
+
+def _shapes(x: Operands) -> dict[str, tuple[int, ...]]:
+    return {"out": (*x.q.shape[:3], x.v.shape[3]), "lse": x.q.shape[:3]}
 
 
 def _work(x: Operands) -> int:
@@ -123,9 +154,9 @@ def _work(x: Operands) -> int:
     return int(np.prod(x.q.shape[:3])) * int(x.k.shape[2] * (x.q.shape[3] + x.v.shape[3]))
 
 
-def _cotangent(given: Any, output: Floats, x: Operands) -> NDArray[Any]:
+def _cotangent(given: Any, shape: tuple[int, ...], x: Operands) -> NDArray[Any]:
     """A cotangent in the type computed in; zeros where none is given."""
-    return converted(np.zeros(output.shape) if given is None else given, x.q.dtype)
+    return converted(np.zeros(shape) if given is None else given, x.q.dtype)
 
 
 def _backward(plan: Score, x: Operands, dout: NDArray[Any], dlse: NDArray[Any], wanted: set[str]) -> dict[str, Floats]:

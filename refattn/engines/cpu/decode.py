@@ -24,7 +24,7 @@ from numba import literally  # type: ignore[attr-defined]
 
 from refattn.engines.cpu import dots as steps
 from refattn.engines.cpu import sight, tiles, vectors, work
-from refattn.engines.cpu._jit import bare, lanes, stamp
+from refattn.engines.cpu._jit import bare, inner, lanes, stamp
 from refattn.engines.cpu.dots import BYTES, LEAST, PARTS, added, blend, dots, sloped, weights
 from refattn.engines.cpu.pool import together
 from refattn.engines.cpu.sight import MASKS, NOTHING, POSITIONS, SEGMENTS, between, masked
@@ -112,8 +112,9 @@ def run(x: Arrays, storage: int = FLOAT32) -> tuple[Array, Array, Array]:
     results = Results(out.reshape(-1), lse.reshape(-1), redo.reshape(-1))
     count, share = heads // groups * lq, share_of(batch * groups, lk)
     tasks = batch * groups * -(-lk // share)
-    found = (np.empty((tasks, count), np.float32) for _ in range(2))
-    parts = Parts(*found, np.empty((tasks, count, in_lines(width, storage)), np.float32), np.zeros(batch * groups, np.int64))
+    top, total = (np.empty((tasks, count), np.float32) for _ in range(2))
+    o = np.empty((tasks, count, in_lines(width, storage)), np.float32)
+    parts = Parts(top, total, o, np.zeros(batch * groups, np.int64))
     counter = np.zeros(1, np.int64)
     together(
         kernel(lanes(), storage),
@@ -124,7 +125,7 @@ def run(x: Arrays, storage: int = FLOAT32) -> tuple[Array, Array, Array]:
     return out, lse, redo
 
 
-@bare
+@inner
 def place_of(d: int, lane: int, parts: int) -> int:
     """Where number d of a row stands in lines of `parts` vectors of `lane` numbers; all powers of two."""
     line = lane * parts
@@ -132,7 +133,7 @@ def place_of(d: int, lane: int, parts: int) -> int:
     return place
 
 
-@bare
+@inner
 def begin(x: Arrays, tile: Scratch, at: Rows, lane: int, parts: int) -> Ends:
     """Begin a share: the rows of a key head, q by lines."""
     lq, depth, b = x.sizes[3], x.sizes[5], at.b
@@ -152,7 +153,7 @@ def begin(x: Arrays, tile: Scratch, at: Rows, lane: int, parts: int) -> Ends:
     return Ends(least, greatest, low, high)
 
 
-@bare
+@inner
 def veil(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: int, kinds: int) -> None:
     """−∞ in the logits at the address s for pairs that are masked; `kinds` as `sight.see` says."""
     literally(shape)
@@ -174,14 +175,14 @@ def veil(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: 
             keep(shape, s, at.rows, tile.bias.ctypes.data)
 
 
-@bare
+@inner
 def copy(to: Array, numbers: Array, j: int, count: int) -> None:
     """Numbers j to j + count."""
     for n in range(count):
         to[n] = numbers[j + n]
 
 
-@bare
+@inner
 def bias(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: int) -> None:
     """Add all biases of a tile to its logits at the address s."""
     literally(shape)
@@ -205,7 +206,7 @@ def bias(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: 
         added(shape, s, at.rows, tile.bias.ctypes.data, np.float32(LOG2E))
 
 
-@bare
+@inner
 def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane: int, lines: int) -> None:
     """Results of the rows of a key head from the parts of its shares; v's numbers lie in o as in `dots`."""
     _, _, groups, lq, _, _, width = x.sizes
@@ -286,7 +287,7 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
                 j, many, here = n * KEYS, min(KEYS, keys - n * KEYS), s + used * whole
                 kinds = between(x.span, ends, k_ends[n, 0], k_ends[n, 1], k_parts[n, 0], k_parts[n, 1])
                 if masks and kinds != NOTHING:
-                    kinds = masked(x, at, j, many, kinds)
+                    kinds = masked(SHAPE, x, tile.bias[0], at, j, many, kinds)
                 if kinds != NOTHING:
                     for m in range(0, many, step):
                         some, near, a, to = min(step, many - m), k_ahead, k + (j + m) * k_size, here + 4 * m

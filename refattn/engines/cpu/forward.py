@@ -17,16 +17,18 @@ from typing import NamedTuple
 import numpy as np
 from numba import literally  # type: ignore[attr-defined]
 
-from refattn.engines.cpu import logits, sight, tiles, vectors, work
-from refattn.engines.cpu._jit import bare, lanes, stamp
+from refattn.engines.cpu import bounds, logits, sight, skipping, tiles, vectors, work
+from refattn.engines.cpu._jit import bare, inner, lanes, stamp
 from refattn.engines.cpu.logits import scores, stored
 from refattn.engines.cpu.sight import NOTHING, POSITIONS, SEGMENTS, reach, see
-from refattn.engines.cpu.tiles import accumulate, fill, scale, turn, weigh
+from refattn.engines.cpu.skipping import Norms, begin, first_tile, note, skipped
+from refattn.engines.cpu.tiles import accumulate, fetch, fill, scale, turn, weigh
 from refattn.engines.cpu.vectors import FLOAT32, take
 from refattn.engines.cpu.work import (
     KEYS,
     Array,
     Arrays,
+    Ends,
     Results,
     Rows,
     Tile,
@@ -80,33 +82,40 @@ def shape_for(share: int, lq: int, storage: int = FLOAT32) -> Shape:
 
 
 @cache
-def kernel(shape: Shape) -> Callable[[Arrays, Results, Tile, Array], int]:
+def kernel(shape: Shape) -> Callable[[Arrays, Norms, Results, Tile, Array], int]:
     """The compiled pass for a tile shape; the array of one number is the next task, which threads share."""
-    WIDTH, ROWS, VECTORS = shape.width, shape.rows, shape.vectors
+    ROWS, VECTORS = shape.rows, shape.vectors
     LITERAL, STRIP = shape.literal, shape.strip
-    VERSION = stamp(logits, sight, tiles, vectors, work)
+    VERSION = stamp(bounds, logits, sight, skipping, tiles, vectors, work)
 
     @bare
-    def forward(x: Arrays, results: Results, tile: Tile, counter: Array) -> int:
+    def forward(x: Arrays, norms: Norms, results: Results, tile: Tile, counter: Array) -> int:
         batch, heads, groups, lq, _, depth, width = x.sizes
-        tasks, line = batch * groups * tiles_of(heads // groups, lq, ROWS), 4 * ROWS
-        q, o = tile.q.ctypes.data, tile.o.ctypes.data
+        tasks = batch * groups * tiles_of(heads // groups, lq, ROWS)
         while True:
             task = take(counter.ctypes.data)
             if task >= tasks:
                 break
             at = locate(x, ROWS, task)
-            lay(x, tile, at)
-            ends = ends_of(x, tile, at)
-            turn(LITERAL, q, x.q.ctypes.data + 4 * at.first * depth, at.rows, depth, line, 4 * depth)
-            pack(x, tile, at, WIDTH)
-            fill(LITERAL, o, width, np.float32(0.0))
+            ends = opened(LITERAL, x, results, tile, at)
             keys = x.k_length[at.b] if ends.least <= ends.greatest else 0
-            for n in range(-(-keys // KEYS)):
+            begun, turns = False, -(-keys // KEYS)
+            last = first_tile(x, norms, at, ends.greatest, turns)
+            if last >= 0:
+                begin(LITERAL, x, tile, at)
+            turned = 0
+            while turned < turns:
+                n = last - turned if turned <= last else turned
+                turned += 1
                 j, count = n * KEYS, min(KEYS, keys - n * KEYS)
-                kinds = see(x, at, ends, n, count)
+                kinds = see(LITERAL, x, tile.bias, at, ends, n, count)
                 if kinds == NOTHING:
                     continue
+                if begun:
+                    away = skipped(LITERAL, x, tile, norms, at, n, count, n <= last)
+                    if away:
+                        turned += away - 1
+                        continue
                 key = (at.b * groups + at.g) * x.sizes[4] + j
                 k = stored(LITERAL, tile.k, x.k, key * depth, count * depth)
                 v = stored(LITERAL, tile.v, x.v, key * width, count * width)
@@ -114,16 +123,41 @@ def kernel(shape: Shape) -> Callable[[Arrays, Results, Tile, Array], int]:
                     attend(LITERAL, x, tile, at, k, v, j, count, kinds)
                 else:
                     strips(STRIP, x, tile, at, k, v, j, count)
-            divide(tile)
-            scale(LITERAL, o, tile.factor.ctypes.data, tile.slope.ctypes.data, width)
-            turn(LITERAL, results.out.ctypes.data + 4 * at.first * width, o, width, at.rows, 4 * width, line)
-            settle(x, results, tile, at, WIDTH)
+                if last >= 0:
+                    note(LITERAL, tile, norms, at, width)
+                    begun = True
+            closed(LITERAL, x, results, tile, at)
         return VERSION
 
     return forward
 
 
-@bare
+@inner
+def opened(shape: int, x: Arrays, results: Results, tile: Tile, at: Rows) -> Ends:
+    """Begin a tile of rows: qᵀ, sums of nothing, and the ends of what its rows are."""
+    literally(shape)
+    depth, width, line = x.sizes[5], x.sizes[6], 4 * tile.lanes
+    start = x.q.ctypes.data + 4 * at.first * depth
+    fetch(shape, start, results.out.ctypes.data + 4 * at.first * width, 4 * at.rows * min(depth, width))
+    lay(x, tile, at)
+    turn(shape, tile.q.ctypes.data, start, at.rows, depth, line, 4 * depth)
+    pack(x, tile, at, shape >> 16 & 255)
+    fill(shape, tile.o.ctypes.data, width, np.float32(0.0))
+    return ends_of(x, tile, at)
+
+
+@inner
+def closed(shape: int, x: Arrays, results: Results, tile: Tile, at: Rows) -> None:
+    """End a tile of rows: what its sums come to, by the total of the weights."""
+    literally(shape)
+    width, o, line = x.sizes[6], tile.o.ctypes.data, 4 * tile.lanes
+    divide(tile)
+    scale(shape, o, tile.factor.ctypes.data, tile.slope.ctypes.data, width)
+    turn(shape, results.out.ctypes.data + 4 * at.first * width, o, width, at.rows, 4 * width, line)
+    settle(x, results, tile, at, shape >> 16 & 255)
+
+
+@inner
 def attend(shape: int, x: Arrays, tile: Tile, at: Rows, k: int, v: int, j: int, count: int, kinds: int) -> None:
     """Take the keys j to j + count into the rows' sums; k and v are addresses of their float32 vectors."""
     literally(shape)
@@ -133,7 +167,7 @@ def attend(shape: int, x: Arrays, tile: Tile, at: Rows, k: int, v: int, j: int, 
     accumulate(shape, tile.o.ctypes.data, factor, s, v, 4 * width, count, width)
 
 
-@bare
+@inner
 def strips(shape: int, x: Arrays, tile: Tile, at: Rows, k: int, v: int, j: int, count: int) -> None:
     """As `attend`, one vector of rows after the other, each with no more keys than from the first it sees to the last.
 
@@ -144,7 +178,7 @@ def strips(shape: int, x: Arrays, tile: Tile, at: Rows, k: int, v: int, j: int, 
     for lane in range(0, at.rows, lanes):
         strip = cut(tile, lane)
         rows = Rows(at.b, at.g, at.h, at.i + lane, at.first + lane, min(lanes, at.rows - lane), at.apart)
-        first, end, kinds = reach(x, rows, ends_of(x, strip, rows), j, count)
+        first, end, kinds = reach(shape, x, strip.bias, rows, ends_of(x, strip, rows), j, count)
         if kinds != NOTHING:
             skipped = first - j
             k_from, v_from = k + 4 * skipped * x.sizes[5], v + 4 * skipped * x.sizes[6]

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numba import literally  # type: ignore[attr-defined]
 
-from refattn.engines.cpu._jit import bare
+from refattn.engines.cpu._jit import inner
 from refattn.engines.cpu.sight import MASKS, POSITIONS, SEGMENTS
 from refattn.engines.cpu.tiles import add, bend, hide, keep, lean, part, products, turn, turn_mask, widen
 from refattn.engines.cpu.work import LOG2E, Array, Arrays, Rows, Tile, gather, gather_mask, lookup
 
 
-@bare
+@inner
 def stored(shape: int, wide: Array, numbers: Array, at: int, count: int) -> Any:
     """Address of `count` float32 numbers of k or v from index `at` on, widened into `wide` where they are narrower."""
     literally(shape)
@@ -28,7 +28,7 @@ def stored(shape: int, wide: Array, numbers: Array, at: int, count: int) -> Any:
     return np.int64(wide.ctypes.data)
 
 
-@bare
+@inner
 def scores(shape: int, x: Arrays, tile: Tile, at: Rows, k: int, j: int, count: int, kinds: int) -> Any:
     """Fill tile.s with logits over a number that is returned; times it they are logits times log₂e.
 
@@ -69,7 +69,7 @@ def scores(shape: int, x: Arrays, tile: Tile, at: Rows, k: int, j: int, count: i
     return unit
 
 
-@bare
+@inner
 def veil(shape: int, x: Arrays, tile: Tile, at: Rows, j: int, count: int, kinds: int) -> None:
     """−∞ in tile.s for pairs that are masked."""
     literally(shape)

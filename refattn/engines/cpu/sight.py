@@ -1,29 +1,35 @@
-"""What a tile of rows sees of a tile of keys: nothing, all of it, or something that a mask has to tell."""
+"""What a tile of rows sees of a tile of keys: nothing, all of it, or something that a mask has to tell.
+
+`room` is a flat array to write to, of one number at least.
+"""
 # ruff: noqa: PLR0917  Numba calls kernels by position
 
 from __future__ import annotations
 
 import numpy as np
+from numba import literally  # type: ignore[attr-defined]
 
-from refattn.engines.cpu._jit import bare
-from refattn.engines.cpu.work import KEYS, Arrays, Ends, Rows
+from refattn.engines.cpu._jit import inner
+from refattn.engines.cpu.tiles import survey
+from refattn.engines.cpu.work import KEYS, Array, Arrays, Ends, Rows
 
 POSITIONS, SEGMENTS, MASKS = 1, 2, 4  # what hides some pairs and not all
 NOTHING = -1
 
 
-@bare
-def see(x: Arrays, at: Rows, ends: Ends, n: int, count: int) -> int:
+@inner
+def see(shape: int, x: Arrays, room: Array, at: Rows, ends: Ends, n: int, count: int) -> int:
     """Sum of what hides pairs of these rows and the n-th tile of `count` keys; NOTHING where all are hidden."""
+    literally(shape)
     near, far = x.k_ends[at.b % x.k_ends.shape[0], n]
     low, high = x.k_parts[at.b % x.k_parts.shape[0], n]
     kinds = between(x.span, ends, near, far, low, high)
     if kinds == NOTHING or x.mask_strides.shape[0] == 0:
         return kinds
-    return masked(x, at, n * KEYS, count, kinds)
+    return masked(shape, x, room, at, n * KEYS, count, kinds)
 
 
-@bare
+@inner
 def between(span: tuple[int, int], ends: Ends, near: int, far: int, low: int, high: int) -> int:
     """As `see`, masks aside, of rows and keys whose positions and segments have these ends."""
     first, last = span
@@ -37,45 +43,37 @@ def between(span: tuple[int, int], ends: Ends, near: int, far: int, low: int, hi
     return kinds
 
 
-@bare
+@inner
 def hidden(span: tuple[int, int], ends: Ends, place: int, part: int) -> bool:
     """Whether no row with these ends sees a key, masks aside."""
     away = place - ends.least < span[0] or place - ends.greatest > span[1]
     return bool(away or part < ends.part_low or part > ends.part_high)
 
 
-@bare
-def masked(x: Arrays, at: Rows, j: int, count: int, kinds: int) -> int:
+@inner
+def masked(shape: int, x: Arrays, room: Array, at: Rows, j: int, count: int, kinds: int) -> int:
     """`kinds` and MASKS, if masks hide some of the pairs with the keys from j on; NOTHING if one hides all."""
+    literally(shape)
     _, heads, _, lq, _, _, _ = x.sizes
-    every = True
+    found, every = room.view(np.uint8), True
     for m in range(x.mask_strides.shape[0]):
-        any_seen, step = False, x.mask_strides[m]
-        for r in range(at.rows):
+        step, some = x.mask_strides[m], False
+        # Rows of one head lie one stride apart.
+        rows = at.rows if at.apart else 1
+        for r in range(0, at.rows, rows):
             h, i = (at.first + r) // lq % heads, (at.first + r) % lq
-            start = step[0] + at.b * step[1] + h * step[2] + i * step[3] + j * step[4]
-            some, whole = _seen(x.masks[start : start + (count - 1) * step[4] + 1])
-            any_seen, every = any_seen or some, every and whole
-            if any_seen and not every:
-                break
-        if not any_seen:
+            start = x.masks.ctypes.data + step[0] + at.b * step[1] + h * step[2] + i * step[3] + j * step[4]
+            survey(shape, found.ctypes.data, start, rows, count if step[4] else 1, step[3])
+            some, every = some or found[0] != 0, every and found[1] != 0
+        if not some:
             return NOTHING
     return kinds if every else kinds + MASKS
 
 
-@bare
-def _seen(row: np.ndarray) -> tuple[bool, bool]:
-    """Whether any and whether all of a row of a mask are True."""
-    some, whole = np.uint8(0), np.uint8(1)
-    for byte in row.view(np.uint8):
-        some |= byte
-        whole &= byte
-    return some != 0, whole != 0
-
-
-@bare
-def reach(x: Arrays, at: Rows, ends: Ends, j: int, count: int) -> tuple[int, int, int]:
+@inner
+def reach(shape: int, x: Arrays, room: Array, at: Rows, ends: Ends, j: int, count: int) -> tuple[int, int, int]:
     """First and end of the keys from j to j + count that a few rows may see, and what hides pairs of them."""
+    literally(shape)
     if ends.least > ends.greatest:
         return j, j, NOTHING
     places, parts = x.k_at[at.b % x.k_at.shape[0]], x.k_segment[at.b % x.k_segment.shape[0]]
@@ -96,5 +94,5 @@ def reach(x: Arrays, at: Rows, ends: Ends, j: int, count: int) -> tuple[int, int
             low, high = min(low, parts[n]), max(high, parts[n])
     kinds = between(x.span, ends, near, far, low, high)
     if x.mask_strides.shape[0] > 0:
-        kinds = masked(x, at, first, end - first, kinds)
+        kinds = masked(shape, x, room, at, first, end - first, kinds)
     return first, end, kinds

@@ -15,7 +15,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F16, F32 = ir.HalfType(), ir.FloatType()
+I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # storages
 
 # 2^f = 1 + f p(f) for |f| ≤ ½, coefficients from the least power: the minimax fit of relative error rounded to float32.
@@ -67,6 +68,13 @@ class Lanes:
         """Store a vector."""
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=4)
 
+    def ahead(self, address: Any, *, writing: bool = False, locality: int = 3) -> None:
+        """Have the line at an address, which need not exist, brought near: locality 3 to the first cache, 2 the second."""
+        byte, name = I8.as_pointer(), "llvm.prefetch.p0"
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        function = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
+        self.b.call(function, [self.b.inttoptr(address, byte), I32(int(writing)), I32(locality), I32(1)])
+
     def loads(self, address: Any) -> list[Any]:
         """A tile's row."""
         return self.loads_of(address, self.floats)
@@ -80,22 +88,41 @@ class Lanes:
         for n, value in enumerate(row):
             self.store(value, self.at(address, 4 * self.width * n))
 
-    def stored(self, address: Any) -> Any:
+    def stored(self, address: Any, width: int) -> Any:
         """A vector of float32 from where k or v lie as `storage` says."""
-        return self._widened(address, self.width)
-
-    def one(self, address: Any) -> Any:
-        """One float32 from where k or v lie as `storage` says."""
-        return self.b.extract_element(self._widened(address, 1), I32(0))
-
-    def _widened(self, address: Any, width: int) -> Any:
         floats, integers = ir.VectorType(F32, width), ir.VectorType(I32, width)
         if self.storage == FLOAT32:
             return self.load(address, floats)
         if self.storage == BFLOAT16:
             bits = self.b.zext(self.load(address, ir.VectorType(I16, width)), integers)
             return self.b.bitcast(self.b.shl(bits, integers([16] * width)), floats)
-        return self.b.fpext(self.load(address, ir.VectorType(ir.HalfType(), width)), floats)
+        return self.b.fpext(self.load(address, ir.VectorType(F16, width)), floats)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number of k or v."""
+        return 4 if self.storage == FLOAT32 else 2
+
+    def narrowed(self, vector: Any) -> Any:
+        """Finite float32 in 16 bits, to nearest and ties to even; too large ones become infinite."""
+        width = vector.type.count
+        if self.storage == FLOAT16:
+            return self.b.fptrunc(vector, ir.VectorType(F16, width))
+        integers = ir.VectorType(I32, width)
+        bits, half, one = self.b.bitcast(vector, integers), integers([0x7FFF] * width), integers([1] * width)
+        places = integers([16] * width)
+        # Half a unit in the last place, less one where the kept part is even.
+        rounded = self.b.add(bits, self.b.add(half, self.b.and_(self.b.lshr(bits, places), one)))
+        return self.b.trunc(self.b.lshr(rounded, places), ir.VectorType(I16, width))
+
+    def pieces(self, count: Any) -> Iterator[tuple[Any, int]]:
+        """Loops whose indices cover 0 to count: by whole vectors, then one by one; each with how many it takes."""
+        whole = self.b.sdiv(count, self.index(self.width))
+        with self.each(whole) as n:
+            yield self.b.mul(n, self.index(self.width)), self.width
+        begun = self.b.mul(whole, self.index(self.width))
+        with self.each(self.b.sub(count, begun)) as n:
+            yield self.b.add(begun, n), 1
 
     def spread(self, scalar: Any) -> Any:
         """The same number in every lane; a Python number is a float32."""
@@ -154,6 +181,16 @@ class Lanes:
         far = self.call("copysign", b.fsub(one, b.fdiv(self.spread(2.0), b.fadd(power, one))), x)
         return b.select(b.fcmp_ordered(">", size, one), far, near)
 
+    def total(self, vector: Any) -> Any:
+        """Sum of a vector, halves to halves."""
+        width, empty = vector.type.count, ir.Constant(vector.type, ir.Undefined)
+        while width > 1:
+            width //= 2
+            low, high = (ir.VectorType(I32, width)(list(range(n, n + width))) for n in (0, width))
+            vector = self.b.fadd(self.b.shuffle_vector(vector, empty, low), self.b.shuffle_vector(vector, empty, high))
+            empty = ir.Constant(vector.type, ir.Undefined)
+        return self.b.extract_element(vector, I32(0))
+
     def transposed(self, rows: list[Any]) -> list[Any]:
         """The square of `width` vectors with rows and columns exchanged, by halves of halves."""
         step = 1
@@ -186,21 +223,19 @@ class Lanes:
         return places
 
     def in_blocks(self, count: Any, emit: Callable[[Any, int], None]) -> None:
-        """emit(start, size) for blocks that cover 0 to count: all of size `block`, and what is left over in one."""
+        """emit(start, size) for blocks that cover 0 to count: size `block`, and powers of two for what is left over."""
         b, block = self.b, self.index(self.block)
         whole = b.sdiv(count, block)
         with self.each(whole) as n:
             emit(b.mul(n, block), self.block)
         start = b.mul(whole, block)
-        end = b.append_basic_block("end")
-        choice = b.switch(b.sub(count, start), end)
-        for size in range(1, self.block):
-            case = b.append_basic_block(f"left.{size}")
-            choice.add_case(I64(size), case)
-            b.position_at_end(case)
-            emit(start, size)
-            b.branch(end)
-        b.position_at_end(end)
+        left = b.sub(count, start)
+        for power in reversed(range((self.block - 1).bit_length())):
+            size = self.index(1 << power)
+            there = b.and_(left, size)
+            with b.if_then(b.icmp_signed("!=", there, self.index(0))):
+                emit(start, 1 << power)
+            start = b.add(start, there)
 
 
 def inline(emit: Callable[..., None]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu._jit import bare
+from refattn.engines.cpu._jit import inner
 from refattn.engines.cpu.tiles import BOTTOM
 
 Array = NDArray[Any]
@@ -97,8 +97,8 @@ class Tile(NamedTuple):
     """A tile's scratch: flat arrays qᵀ (D,R), oᵀ (Dv,R), s and a bias (KEYS,R), and a number for each of R rows.
 
     k (KEYS,D), v (KEYS,Dv) widened, where they are stored in fewer bits. top, total: running maximum and sum; factor:
-    what the sum changes by; slope; place, segment int32. lanes: numbers in a row, R, or more if the tile is cut from
-    another.
+    what the sum changes by; slope; norm, budget, spent as in `skipping`; place, segment int32. lanes: numbers in a row,
+    R, or more if the tile is cut from another.
     """
 
     lanes: int
@@ -112,6 +112,9 @@ class Tile(NamedTuple):
     total: Array
     factor: Array
     slope: Array
+    norm: Array
+    budget: Array
+    spent: Array
     place: Array
     segment: Array
 
@@ -119,30 +122,21 @@ class Tile(NamedTuple):
 def scratch(rows: int, depth: int, width: int, storage: int) -> Tile:
     """Scratch of a thread, each part from a whole line of the cache on."""
     wide = [KEYS * depth, KEYS * width] if storage else [0, 0]
-    sizes = [*(rows * n for n in (depth, width, KEYS, KEYS)), *wide, *[rows] * 6]
+    sizes = [*(rows * n for n in (depth, width, KEYS, KEYS)), *wide, *[rows] * 9]
     starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
     memory = np.empty(starts[-1] + 16, np.float32)
     skipped = -memory.ctypes.data // 4 % 16
     parts = [memory[skipped + start : skipped + start + size] for start, size in zip(starts, sizes, strict=False)]
-    return Tile(rows, *parts[:10], *(part.view(np.int32) for part in parts[10:]))
+    return Tile(rows, *parts[:13], *(part.view(np.int32) for part in parts[13:]))
 
 
-@bare
-def finite(numbers: Array) -> bool:
-    """Whether all of a flat float32 array are: as integers without the sign, infinity and NaN are the greatest."""
-    greatest = np.uint32(0)
-    for bits in numbers.view(np.uint32):
-        greatest = max(greatest, np.uint32(bits << np.uint32(1)))
-    return bool(greatest < np.uint32(0xFF000000))
-
-
-@bare
+@inner
 def tiles_of(share: int, lq: int, lanes: int) -> int:
     """Tiles of rows of one key head, which `share` heads of queries read: heads apart if one fills a tile."""
     return share * -(-lq // lanes) if lq >= lanes else -(-share * lq // lanes)
 
 
-@bare
+@inner
 def locate(x: Arrays, lanes: int, task: int) -> Rows:
     """Tile number `task` of rows, in tiles of so many lanes.
 
@@ -159,7 +153,7 @@ def locate(x: Arrays, lanes: int, task: int) -> Rows:
     return Rows(b, g, h, 0, (b * heads + h) * lq + t * lanes, min(lanes, share * lq - t * lanes), False)
 
 
-@bare
+@inner
 def cut(tile: Tile, lane: int) -> Tile:
     """The tile from that row on; o, s and bias with it."""
     return Tile(
@@ -174,12 +168,15 @@ def cut(tile: Tile, lane: int) -> Tile:
         tile.total[lane:],
         tile.factor[lane:],
         tile.slope[lane:],
+        tile.norm[lane:],
+        tile.budget[lane:],
+        tile.spent[lane:],
         tile.place[lane:],
         tile.segment[lane:],
     )
 
 
-@bare
+@inner
 def lay(x: Arrays, tile: Tile, at: Rows) -> None:
     """Begin the rows of a tile."""
     _, heads, _, lq, _, _, _ = x.sizes
@@ -197,7 +194,7 @@ def lay(x: Arrays, tile: Tile, at: Rows) -> None:
         tile.total[r] = 0.0 if x.sink[h] == BOTTOM else 1.0
 
 
-@bare
+@inner
 def ends_of(x: Arrays, tile: Tile, at: Rows) -> Ends:
     """The ends of positions and segments, after `lay`."""
     least, greatest, low, high = 1 << 40, -(1 << 40), 1 << 40, -(1 << 40)
@@ -210,7 +207,7 @@ def ends_of(x: Arrays, tile: Tile, at: Rows) -> Ends:
     return Ends(least, greatest, low, high)
 
 
-@bare
+@inner
 def pack(x: Arrays, tile: Tile, at: Rows, width: int) -> None:
     """What `turn` leaves of qᵀ: rows and columns that fill no square of `width`; and the scale's sign."""
     first, rows = at.first, at.rows
@@ -224,7 +221,7 @@ def pack(x: Arrays, tile: Tile, at: Rows, width: int) -> None:
             tile.q[n] *= np.float32(x.sign)
 
 
-@bare
+@inner
 def lookup(x: Arrays, tile: Tile, at: Rows, j: int, count: int) -> None:
     """The table's logits of a tile, key by key."""
     _, heads, _, lq, _, _, _ = x.sizes
@@ -235,7 +232,7 @@ def lookup(x: Arrays, tile: Tile, at: Rows, j: int, count: int) -> None:
             tile.bias[n * lanes + r] = x.table[h, x.zero - (x.k_at[b % x.k_at.shape[0], j + n] - tile.place[r])]
 
 
-@bare
+@inner
 def gather(x: Arrays, tile: Tile, at: Rows, m: int, j: int, count: int, width: int) -> None:
     """What `turn` leaves of the m-th bias of a tile; all of it where width is 0."""
     _, heads, _, lq, _, _, _ = x.sizes
@@ -248,7 +245,7 @@ def gather(x: Arrays, tile: Tile, at: Rows, m: int, j: int, count: int, width: i
             tile.bias[n * lanes + r] = x.biases[start + n * strides[4]]
 
 
-@bare
+@inner
 def gather_mask(x: Arrays, tile: Tile, at: Rows, m: int, j: int, count: int, width: int) -> None:
     """What `turn_mask` leaves of the m-th mask of a tile; all of it where width is 0."""
     _, heads, _, lq, _, _, _ = x.sizes
@@ -261,14 +258,14 @@ def gather_mask(x: Arrays, tile: Tile, at: Rows, m: int, j: int, count: int, wid
             tile.bias[n * lanes + r] = 0.0 if x.masks[start + n * strides[4]] else -np.inf
 
 
-@bare
+@inner
 def divide(tile: Tile) -> None:
     """What each row is multiplied by in the end."""
     for r in range(tile.lanes):
         tile.factor[r] = 1.0 if tile.total[r] == 0.0 else 1.0 / tile.total[r]
 
 
-@bare
+@inner
 def settle(x: Arrays, results: Results, tile: Tile, at: Rows, width: int) -> None:
     """What `turn` leaves of out, lse, and which rows are to be made again; slope is NaN where out is not finite."""
     _, heads, _, lq, _, _, size = x.sizes
