@@ -13,11 +13,11 @@ import ml_dtypes
 import numba
 import numpy as np
 import pytest
-from checks import same
+from checks import OUTPUTS as WANT
+from checks import same, within
 
 import refattn as ra
 from refattn import api, unread
-from refattn.bound import BoundSpace
 from refattn.engines import cpu
 from refattn.engines.cpu import (
     _jit,
@@ -34,9 +34,7 @@ from refattn.engines.cpu import (
     work,
 )
 from refattn.engines.cpu.vectors import Lanes, inline
-from refattn.profiles import FLOAT32
 
-WANT = ("out", "lse")
 UNIT = 2.0**-24
 
 
@@ -99,23 +97,6 @@ def test_tanh_is_within_four_roundoffs():
     assert (np.abs(found / np.tanh(numbers) - 1) <= 4 * UNIT).all()
     _, found = of(run_hyperbolic, [0.0, np.inf, -np.inf, np.nan])
     same(found, np.array([0.0, 1.0, -1.0, np.nan]))
-
-
-def within(spec, inputs, alone=True):
-    """Out and lse lie inside the published bound, and no row is made twice."""
-    checked = api.build(spec, inputs, None, WANT)
-    found = cpu.run(checked)
-    if alone:
-        plan = checked.score
-        assert fast.takes(plan)
-        q, k, v = (np.ascontiguousarray(leaf, np.float32) for leaf in (plan.q, plan.k, plan.v))
-        assert not fast.run(plan, q, k, v)[2].any()
-    expected = checked.evaluate(BoundSpace(FLOAT32).real)
-    for n in WANT:
-        live = ~np.isneginf(expected[n].x)
-        same(np.isneginf(found[n]), ~live)
-        assert (np.abs(found[n][live] - expected[n].x[live]) <= expected[n].e[live]).all(), n
-    return found
 
 
 def qkv(rng, batch, heads, groups, lq, lk, depth, width):

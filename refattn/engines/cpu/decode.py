@@ -27,15 +27,16 @@ from refattn.engines.cpu import sight, tiles, vectors, work
 from refattn.engines.cpu._jit import bare, inner, lanes, stamp
 from refattn.engines.cpu.dots import BYTES, LEAST, PARTS, added, blend, dots, sloped, weights
 from refattn.engines.cpu.pool import together
-from refattn.engines.cpu.sight import MASKS, NOTHING, POSITIONS, SEGMENTS, see
+from refattn.engines.cpu.sight import MASKS, NOTHING, POSITIONS, SEGMENTS, between, masked
 from refattn.engines.cpu.tiles import BOTTOM, bend, hide, keep, part
 from refattn.engines.cpu.vectors import FLOAT32, take
 from refattn.engines.cpu.work import KEYS, LN2, LOG2E, Array, Arrays, Ends, Results, Rows
 
 MOST = 16  # rows of a key head
 _LEAST = 512  # keys in a share, but for the last
-_SHORT, _LONG = 1024, 8192  # bytes that are brought near ahead of one pass, and of several
-_TILES = 1  # of keys whose weights are made together
+_ROWS_AHEAD = 4  # rows of k and v that are brought near ahead of a single pass over them
+_BYTES_AHEAD = 8192  # the same where several passes share what was read
+_TILES = 8  # of keys whose weights are made together
 _TASKS = 128  # shares wanted in all, so that threads end together
 
 
@@ -241,27 +242,13 @@ def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane
         results.lse[row] = -np.inf if total == 0.0 else LN2 * (float(top) + math.log2(total))
 
 
-@inner
-def visible(
-    shape: int, x: Arrays, room: Array, at: Rows, ends: Ends, n: int, stop: int, keys: int
-) -> tuple[int, int]:
-    """The first tile of keys from n on, before `stop`, of which a row sees some, and what hides pairs of it."""
-    literally(shape)
-    while n < stop:
-        kinds = see(shape, x, room, at, ends, n, min(KEYS, keys - n * KEYS))
-        if kinds != NOTHING:
-            return n, kinds
-        n += 1
-    return n, NOTHING
-
-
 @cache
 def kernel(lane: int, storage: int) -> Callable[..., int]:
     """The compiled pass for vectors of so many lanes and a storage; threads share the counter of one number."""
     SHAPE = storage << 24 | lane << 16 | KEYS // lane << 8
     ONE, TWO, FOUR = SHAPE | 1, SHAPE | 2, SHAPE | 4
     LANES, LINES, SIZE = lane, PARTS[storage], BYTES[storage]
-    TILES, SHORT, LONG = _TILES, _SHORT, _LONG
+    TILES, ROWS_AHEAD, BYTES_AHEAD = _TILES, _ROWS_AHEAD, _BYTES_AHEAD
     VERSION = stamp(sight, steps, tiles, vectors, work)
 
     @bare
@@ -274,8 +261,11 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
         c = np.float32(x.cap[0] if bent else x.unit)
         k_size, v_size = depth * SIZE, width * SIZE
         # Several passes over the same keys take them in small steps, so that they are read from memory once.
-        step, ahead = (KEYS, SHORT) if count <= 2 else (LANES, LONG)
-        k_ahead, v_ahead = -(-ahead // k_size) * k_size, -(-ahead // v_size) * v_size
+        step = KEYS if count <= 2 else LANES
+        k_ahead, v_ahead = ROWS_AHEAD * k_size, ROWS_AHEAD * v_size
+        if count > 2:
+            k_ahead, v_ahead = -(-BYTES_AHEAD // k_size) * k_size, -(-BYTES_AHEAD // v_size) * v_size
+        biased, masks = x.sloping or x.table.shape[1] > 0 or x.bias_strides.shape[0] > 0, x.mask_strides.shape[0] > 0
         while True:
             task = take(counter.ctypes.data)
             if task >= tasks:
@@ -285,52 +275,57 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
             at = Rows(b, g, h, 0, (b * heads + h) * lq, count, count == lq)
             ends = begin(x, tile, at, LANES, LINES)
             keys = x.k_length[b] if ends.least <= ends.greatest else 0
-            n, stop = task % shares * (share // KEYS), -(-min(keys, (task % shares + 1) * share) // KEYS)
+            first, stop = task % shares * (share // KEYS), -(-min(keys, (task % shares + 1) * share) // KEYS)
             top, o = parts.top[task].ctypes.data, parts.o[task].ctypes.data
             parts.top[task] = LEAST
             parts.o[task] = 0.0
             tile.sums[:] = 0.0
             k, v = x.k.ctypes.data + (b * groups + g) * lk * k_size, x.v.ctypes.data + (b * groups + g) * lk * v_size
-            n, kinds = visible(SHAPE, x, tile.bias[0], at, ends, n, stop, keys)
-            while n < stop:
-                used = 0
-                while used < TILES and n < stop:
-                    j, many, here = n * KEYS, min(KEYS, keys - n * KEYS), s + used * whole
-                    a = k + j * k_size
+            k_ends, k_parts = x.k_ends[b % x.k_ends.shape[0]], x.k_parts[b % x.k_parts.shape[0]]
+            used = 0
+            for n in range(first, stop):
+                j, many, here = n * KEYS, min(KEYS, keys - n * KEYS), s + used * whole
+                kinds = between(x.span, ends, k_ends[n, 0], k_ends[n, 1], k_parts[n, 0], k_parts[n, 1])
+                if masks and kinds != NOTHING:
+                    kinds = masked(SHAPE, x, tile.bias[0], at, j, many, kinds)
+                if kinds != NOTHING:
                     for m in range(0, many, step):
-                        some, near = min(step, many - m), k_ahead
+                        some, near, a, to = min(step, many - m), k_ahead, k + (j + m) * k_size, here + 4 * m
                         for r in range(0, count - 3, 4):
-                            dots(FOUR, here + row * r + 4 * m, q + line * r, line, a + m * k_size, near, some, depth, c)
+                            dots(FOUR, to + row * r, q + line * r, line, a, near, some, depth, c)
                             near = 0
                         if count & 2:
                             r = count & ~3
-                            dots(TWO, here + row * r + 4 * m, q + line * r, line, a + m * k_size, near, some, depth, c)
+                            dots(TWO, to + row * r, q + line * r, line, a, near, some, depth, c)
                             near = 0
                         if count & 1:
                             r = count - 1
-                            dots(ONE, here + row * r + 4 * m, q + line * r, line, a + m * k_size, near, some, depth, c)
+                            dots(ONE, to + row * r, q + line * r, line, a, near, some, depth, c)
                     if bent:
                         bend(SHAPE, here, count, np.float32(1.0), np.float32(x.cap[1]))
-                    bias(SHAPE, x, tile, here, at, j, many)
-                    veil(SHAPE, x, tile, here, at, j, many, kinds)
+                    if biased:
+                        bias(SHAPE, x, tile, here, at, j, many)
+                    if kinds:
+                        veil(SHAPE, x, tile, here, at, j, many, kinds)
                     for r in range(count):
                         for m in range(many, KEYS):
                             tile.s[used, r, m] = -np.inf
                     tile.first[used] = j
                     used += 1
-                    n, kinds = visible(SHAPE, x, tile.bias[0], at, ends, n + 1, stop, keys)
-                weights(SHAPE, s, whole, used, top, sums, factor, count)
-                for t in range(used):
-                    j, many, here = tile.first[t], min(KEYS, keys - tile.first[t]), s + t * whole
-                    for m in range(0, many, step):
-                        some, near, by = min(step, many - m), v_ahead, factor if t + m == 0 else ones
-                        a, w = v + (j + m) * v_size, here + 4 * m
-                        for r in range(0, count - 1, 2):
-                            blend(TWO, o + o_line * r, o_line, by + 4 * r, w + row * r, a, near, some, width)
-                            near = 0
-                        if count & 1:
-                            r = count - 1
-                            blend(ONE, o + o_line * r, o_line, by + 4 * r, w + row * r, a, near, some, width)
+                if used == TILES or (n + 1 == stop and used > 0):
+                    weights(SHAPE, s, whole, used, top, sums, factor, count)
+                    for t in range(used):
+                        j, many, here = tile.first[t], min(KEYS, keys - tile.first[t]), s + t * whole
+                        for m in range(0, many, step):
+                            some, near, by = min(step, many - m), v_ahead, factor if t + m == 0 else ones
+                            a, w = v + (j + m) * v_size, here + 4 * m
+                            for r in range(0, count - 1, 2):
+                                blend(TWO, o + o_line * r, o_line, by + 4 * r, w + row * r, a, near, some, width)
+                                near = 0
+                            if count & 1:
+                                r = count - 1
+                                blend(ONE, o + o_line * r, o_line, by + 4 * r, w + row * r, a, near, some, width)
+                    used = 0
             for r in range(count):
                 total = np.float32(0.0)
                 for lane in range(LANES):

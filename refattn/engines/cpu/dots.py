@@ -24,12 +24,11 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from refattn.engines.cpu.tiles import INFINITY
-from refattn.engines.cpu.vectors import BFLOAT16, F32, FLOAT16, FLOAT32, I8, I16, I32, I64, Lanes, inline
+from refattn.engines.cpu.vectors import BFLOAT16, F16, F32, FLOAT16, FLOAT32, I8, I16, I32, I64, Lanes, inline
 
 PARTS = (1, 2, 1, 4)  # of a line, by storage
 BYTES = (4, 2, 2, 1)  # of a stored number
 _STORED = (F32, I16, I16, I8)
-PREFETCH = True
 _KEYS = {1: 1, 2: 1, 4: 2}  # that are met at a time, by rows: few, so that memory is read nearly in order
 _LINES = 8  # of float32 that values are read in at a time: with two rows their sums fit the registers
 LEAST = -float.fromhex("0x1.fffffep127")  # no logit that is a number lies below, and −∞ does
@@ -51,7 +50,7 @@ class Reader:
         if x.storage == FLOAT32:
             return [stored]
         if x.storage == FLOAT16:
-            return [self._half(stored)]
+            return [b.fpext(b.bitcast(stored, ir.VectorType(F16, x.width)), x.floats)]
         words = b.bitcast(stored, x.integers)
         if x.storage == BFLOAT16:
             high = x.integers([-65536] * x.width)
@@ -74,29 +73,6 @@ class Reader:
         name = f"llvm.masked.load.v{count}{letter}.p0"
         function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
         return b.call(function, [place, I32(1), mask, ir.Constant(self.kind, None)])
-
-    def _half(self, stored: Any) -> Any:
-        b, x = self.x.b, self.x
-        if x.width > 4:
-            return b.fpext(b.bitcast(stored, ir.VectorType(ir.HalfType(), x.width)), x.floats)
-        # The oldest x86 has no such step. 2^112 makes up for the other bias of the exponent.
-        words = b.zext(stored, x.integers)
-        size = b.shl(b.and_(words, x.integers([0x7FFF] * x.width)), self._bits(13))
-        number = b.bitcast(b.fmul(b.bitcast(size, x.floats), x.spread(2.0**112)), x.integers)
-        endless = b.icmp_unsigned(">=", size, x.integers([0x7C00 << 13] * x.width))
-        number = b.select(endless, b.or_(size, x.integers([0x7F800000] * x.width)), number)
-        sign = b.shl(b.and_(words, x.integers([0x8000] * x.width)), self._bits(16))
-        return b.bitcast(b.or_(number, sign), x.floats)
-
-    def ahead(self, address: Any) -> None:
-        """Have the line at an address brought near."""
-        if not PREFETCH:
-            return
-        byte = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-        name = "llvm.prefetch.p0"
-        function = self.x.b.module.globals.get(name) or ir.Function(self.x.b.module, kind, name)
-        self.x.b.call(function, [self.x.b.inttoptr(address, byte), I32(0), I32(2), I32(1)])
 
 
 def kept(x: Lanes, address: Any) -> Any:
@@ -192,7 +168,7 @@ def dots(x: Lanes, s: Any, q: Any, stride: Any, k: Any, ahead: Any, count: Any, 
                 ]
                 for n in range(each):
                     address = x.at(own[n], (line, read.bytes))
-                    read.ahead(x.b.add(address, ahead))
+                    x.ahead(x.b.add(address, ahead), locality=2)
                     parts = read.line(address, live)
                     for r, p in product(range(read.rows), range(read.parts)):
                         place = sums[(chain + p) % chains * read.rows * each + r * each + n]
@@ -270,7 +246,7 @@ def blend(
             address = kept(x, x.at(v, (n, size), (line, read.bytes)))
             shares = [x.spread(x.load(x.at(w, (x.row, r), (n, 4)), F32)) for r in range(read.rows)]
             for d in range(lines):
-                read.ahead(x.at(address, ahead, d * read.bytes))
+                x.ahead(x.at(address, ahead, d * read.bytes), locality=2)
                 for p, part in enumerate(read.line(x.at(address, d * read.bytes), live)):
                     for r in range(read.rows):
                         place = sums[r][d * read.parts + p]
