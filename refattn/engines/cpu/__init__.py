@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu import decode, fast, score, skipping
+from refattn.engines.cpu import fast, score, skipping
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
@@ -101,15 +101,16 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
         q, k, v = plan.q, plan.k, plan.v
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(replace(plan, q=q, k=k, v=v), kind))
-    given, q, few = {"q": q, "k": k, "v": v}, widened(q), decode.suits(q.shape[1], k.shape[1], q.shape[2])
+    given, q, few = {"q": q, "k": k, "v": v}, widened(q), fast.few(plan, q.shape[1] // k.shape[1], q.shape[2])
     if k.dtype != v.dtype or storage_of(k) is None:
         k, v = widened(k), widened(v)
     q, k, v = converted(q, q.dtype), converted(k, k.dtype), converted(v, v.dtype)
     # A logit of −∞ that a key's infinity makes would count as masked. Those of an infinity in q are all infinite or
-    # NaN, and their row is one of doubt, unless a cap or a sink makes numbers of them.
+    # NaN, and their row is one of doubt, unless a cap, a sink or a sigmoid makes numbers of them.
     if not (few or finite(k)):
         k, v = rows(widened(k)), widened(v)
-    if not (few or plan.sink is plan.softcap is None or finite(q)):
+    doubted = plan.sink is plan.softcap is None and plan.normalizer == "softmax"
+    if not (few or doubted or finite(q)):
         q = rows(q)
     out, lse, redo = fast.run(plan, q, k, v)
     if redo.any():
@@ -123,7 +124,7 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
         for row in np.flatnonzero(redo).tolist():
             score.forward(again, out, lse, row, row + 1)
         _sign(out, lse)
-    return {"out": out, "lse": lse}
+    return {"out": out} if plan.normalizer == "sigmoid" else {"out": out, "lse": lse}
 
 
 def _forward(x: Operands) -> dict[str, Floats]:
