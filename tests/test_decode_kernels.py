@@ -1,4 +1,5 @@
 """The decode kernel: few rows and many keys, shares and their merging, what it reads of k and v, and its cache."""
+# ruff: noqa: PLR0917
 
 import itertools
 import os
@@ -15,8 +16,7 @@ from checks import OUTPUTS, same, within
 import refattn as ra
 from refattn import api
 from refattn.engines import cpu
-from refattn.engines.cpu import _jit, decode, fast, pool, sight, tiles, vectors, work
-from refattn.engines.cpu import dots as steps
+from refattn.engines.cpu import _jit, columns, decode, dots, fast, lines, pool, shares, sight, tiles, vectors, work
 
 STORED = (np.float32, ml_dtypes.bfloat16, np.float16)
 
@@ -43,6 +43,7 @@ def poisoned(monkeypatch):
     other = ModuleType("numpy")
     other.__dict__.update(np.__dict__ | {"empty": filled})
     monkeypatch.setattr(decode, "np", other)
+    monkeypatch.setattr(shares, "np", other)
 
 
 @pytest.mark.parametrize("lk", [1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 511, 512, 513, 1025, 4100])
@@ -225,9 +226,10 @@ def test_threads_share_out_tasks_and_change_no_bit(heads, groups, lk, rng, monke
 
 
 def test_one_long_sequence_has_several_shares_and_many_have_one_each():
-    assert -(-131072 // decode.share_of(1, 131072)) >= 16
-    assert decode.share_of(4096, 1000) >= 1000
-    assert all(decode.share_of(heads, lk) % work.KEYS == 0 for heads, lk in itertools.product((1, 8, 33), (1, 700, 99999)))
+    assert -(-131072 // shares.share_of(1, 131072)) >= 16
+    assert shares.share_of(4096, 1000) >= 1000
+    for heads, lk in itertools.product((1, 8, 33), (1, 700, 99999)):
+        assert shares.share_of(heads, lk) % work.KEYS == 0
 
 
 @pytest.mark.parametrize("cpu_name", ["haswell", "x86-64"])
@@ -252,4 +254,4 @@ def test_shorter_vectors_give_results_within_the_bound(cpu_name, tmp_path):
 
 def test_the_kernel_is_stamped_with_what_it_calls():
     closed = {cell.cell_contents for cell in decode.kernel(_jit.lanes(), 0).py_func.__closure__}
-    assert _jit.stamp(sight, steps, tiles, vectors, work) in closed
+    assert _jit.stamp(columns, lines, dots, shares, sight, tiles, vectors, work) in closed

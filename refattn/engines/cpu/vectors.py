@@ -69,7 +69,7 @@ class Lanes:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=4)
 
     def ahead(self, address: Any, *, writing: bool = False, locality: int = 3) -> None:
-        """Have the line at an address, which need not exist, brought near: locality 3 to the first cache, 2 the second."""
+        """Have the line at an address brought near, to cache number 4 − locality; it need not exist."""
         byte, name = I8.as_pointer(), "llvm.prefetch.p0"
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         function = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
