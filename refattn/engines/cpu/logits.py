@@ -33,16 +33,22 @@ def scores(shape: int, x: Arrays, tile: Tile, at: Rows, ends: Ends, j: int, coun
     −∞ for what is masked; keys j to j + count, all of one tile.
     """
     literally(shape)
-    lanes, depth = tile.top.size, x.sizes[5]
-    line, s, bias = 4 * lanes, tile.s.ctypes.data, tile.bias.ctypes.data
-    one, steep = np.float32(1.0), np.float32(x.cap[0])
-    key = (at.b * x.sizes[2] + at.g) * x.sizes[4] + j
-    places = x.k_at[at.b % x.k_at.shape[0]]
+    depth, s = x.sizes[5], tile.s.ctypes.data
+    steep, key = np.float32(x.cap[0]), (at.b * x.sizes[2] + at.g) * x.sizes[4] + j
     products(shape, s, tile.q.ctypes.data, x.k.ctypes.data + 4 * key * depth, 4 * depth, count, depth)
     unit = np.float32(x.unit)
     if steep > 0:
         bend(shape, s, count, steep, np.float32(x.cap[1]))
-        unit = one
+        unit = np.float32(1.0)
+    return biased(shape, x, tile, at, ends, j, count, unit)
+
+
+@jit
+def biased(shape: int, x: Arrays, tile: Tile, at: Rows, ends: Ends, j: int, count: int, unit: Any) -> Any:
+    """Add biases and masks to logits in tile.s over `unit`; return what they are over now."""
+    literally(shape)
+    lanes, s, bias = tile.top.size, tile.s.ctypes.data, tile.bias.ctypes.data
+    line, one, places = 4 * lanes, np.float32(1.0), x.k_at[at.b % x.k_at.shape[0]]
     if x.sloping:
         lean(shape, s, count, unit, places.ctypes.data + 4 * j, tile.place.ctypes.data, tile.slope.ctypes.data)
         unit = one

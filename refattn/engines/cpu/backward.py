@@ -1,0 +1,180 @@
+r"""The fast backward pass: tiles of keys outside, tiles of queries inside; `gradients` has its steps.
+
+One task is a share of the tiles of keys of one key head, dealt out in turn: for each of them it goes through all rows
+of the query heads that share it, so dk and dv are finished within the task. dq is added to in memory of the share's
+own; the caller sums the shares. How many shares there are depends on shapes alone.
+
+A tile's five products, with dU = scale cap' dS:
+
+    Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dQ += dU K,   dV += Pᵀ dO,   dK += dUᵀ Q
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from numba import literally  # type: ignore[attr-defined]
+
+from refattn.engines.cpu import gradients, logits, tiles, vectors, work
+from refattn.engines.cpu._jit import jit, stamp
+from refattn.engines.cpu.forward import Shape
+from refattn.engines.cpu.gradients import bend_back, deltas, outer, times, turn_back
+from refattn.engines.cpu.logits import biased, scores, seen
+from refattn.engines.cpu.tiles import products, turn
+from refattn.engines.cpu.vectors import take
+from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, Ends, Rows, Tile, finite, lay, locate, pack, tiles_of
+
+
+class Given(NamedTuple):
+    """Out and lse of the forward pass and their cotangents, flat; scale; shares of a head's keys, tiles in a step."""
+
+    out: Array
+    lse: Array
+    dout: Array
+    dlse: Array
+    scale: float
+    shares: int
+    step: int
+
+
+class Gradients(NamedTuple):
+    """What the kernel adds to, all 0 at first: dq for each share, dk, dv flat; doubt, True for each task in doubt."""
+
+    q: Array
+    k: Array
+    v: Array
+    doubt: Array
+
+
+@jit
+def begin(x: Arrays, given: Given, tile: Tile, at: Rows, width: int) -> bool:
+    """Lse in base 2 in tile.top and δ in tile.total; False where one of a row that sees a key is not finite.
+
+    Rows that see none, and lanes without a row, have +∞ for lse: all their weights are 0.
+    """
+    lq, size, first = x.sizes[3], x.sizes[6], at.first
+    i, sure = first % lq - 1, True
+    for r in range(tile.top.size):
+        tile.top[r] = np.inf
+        if r < at.rows:
+            i = 0 if i + 1 == lq else i + 1
+            row = first + r
+            lse = given.lse[row]
+            if i < x.q_length[at.b] and lse != -np.inf:
+                delta = tile.total[r] - given.dlse[row]
+                for d in range(size // width * width, size):
+                    delta += given.out[row * size + d] * given.dout[row * size + d]
+                tile.top[r] = LOG2E * lse
+                tile.total[r] = delta
+                sure = sure and math.isfinite(lse) and math.isfinite(delta)
+    return sure
+
+
+@jit
+def rest(to: Array, source: Array, first: int, rows: int, columns: int, width: int) -> None:
+    """What `turn` leaves of a tile: rows and columns that fill no square of `width`; lanes without a row are 0."""
+    lanes = to.size // max(columns, 1)
+    squares, whole = rows // width * width, columns // width * width
+    for r in range(lanes):
+        for c in range(whole if r < squares else 0, columns):
+            to[c * lanes + r] = source[(first + r) * columns + c] if r < rows else 0.0
+
+
+@jit
+def enter(shape: int, x: Arrays, given: Given, tile: Tile, at: Rows) -> bool:
+    """Qᵀ and doutᵀ of a tile of rows, and what `begin` does."""
+    literally(shape)
+    depth, width, lanes = x.sizes[5], x.sizes[6], tile.top.size
+    q, dout = x.q.ctypes.data + 4 * at.first * depth, given.dout.ctypes.data + 4 * at.first * width
+    turn(shape, tile.q.ctypes.data, q, at.rows, depth, 4 * lanes, 4 * depth)
+    pack(x, tile, at, shape >> 16)
+    turn(shape, tile.o.ctypes.data, dout, at.rows, width, 4 * lanes, 4 * width)
+    rest(tile.o, given.dout, at.first, at.rows, width, shape >> 16)
+    out = given.out.ctypes.data + 4 * at.first * width
+    deltas(shape, tile.total.ctypes.data, out, dout, at.rows, 4 * width, width)
+    return begin(x, given, tile, at, shape >> 16)
+
+
+@jit
+def add_product(
+    shape: int, to: int, count: int, w: int, down: int, along: int, depth: int, by: int, columns: int
+) -> None:
+    """`outer` of rows whose columns are all they have; compiled once."""
+    literally(shape)
+    outer(shape, to, 4 * columns, count, w, down, along, depth, by, 4 * columns, columns)
+
+
+@jit
+def pair(
+    shape: int, x: Arrays, given: Given, found: Gradients, tile: Tile, slope: Array, at: Rows, ends: Ends, n: int, dq: int
+) -> None:
+    """The five products of a tile of rows and the n-th tile of keys."""
+    literally(shape)
+    depth, width, line = x.sizes[5], x.sizes[6], 4 * tile.top.size
+    j = n * KEYS
+    count, key = min(KEYS, x.k_length[at.b] - j), (at.b * x.sizes[2] + at.g) * x.sizes[4] + j
+    k, v = x.k.ctypes.data + 4 * key * depth, x.v.ctypes.data + 4 * key * width
+    q, dout = x.q.ctypes.data + 4 * at.first * depth, given.dout.ctypes.data + 4 * at.first * width
+    s, dp, steep = tile.s.ctypes.data, tile.bias.ctypes.data, np.float32(x.cap[0])
+    factor = np.float32(given.scale)
+    if steep > 0:
+        products(shape, s, tile.q.ctypes.data, k, 4 * depth, count, depth)
+        bend_back(shape, s, slope.ctypes.data, count, steep, np.float32(x.cap[1]), factor)
+        unit = biased(shape, x, tile, at, ends, j, count, np.float32(1.0))
+        factor = np.float32(1.0)
+    else:
+        unit = scores(shape, x, tile, at, ends, j, count)
+    products(shape, dp, tile.o.ctypes.data, v, 4 * width, count, width)
+    turn_back(shape, s, dp, count, unit, tile.top.ctypes.data, tile.total.ctypes.data, factor)
+    if steep > 0:
+        times(shape, dp, slope.ctypes.data, count)
+    add_product(shape, found.v.ctypes.data + 4 * key * width, count, s, line, 4, at.rows, dout, width)
+    add_product(shape, found.k.ctypes.data + 4 * key * depth, count, dp, line, 4, at.rows, q, depth)
+    add_product(shape, dq + 4 * at.first * depth, at.rows, dp, 4, line, count, k, depth)
+
+
+@cache
+def kernel(shape: Shape) -> Callable[[Arrays, Given, Gradients, Tile, Array, Array], int]:
+    """The compiled pass for a tile shape; the array of one number is the next task, which threads share."""
+    ROWS = shape.rows
+    LITERAL = shape.width << 16 | shape.vectors << 8 | shape.block
+    VERSION = stamp(gradients, logits, tiles, vectors, work)
+
+    @jit
+    def backward(x: Arrays, given: Given, found: Gradients, tile: Tile, slope: Array, counter: Array) -> int:
+        batch, heads, groups, lq, lk, depth, width = x.sizes
+        each = tiles_of(heads // groups, lq, ROWS)
+        rows, step = heads // groups * lq * depth, given.shares * given.step
+        while True:
+            task = take(counter.ctypes.data)
+            if task >= batch * groups * given.shares:
+                break
+            head, share = task // given.shares, task % given.shares
+            dq, sure = found.q.ctypes.data + 4 * share * x.q.size, True
+            seen_keys = -(-x.k_length[head // groups] // KEYS)
+            for first in range(share * given.step, seen_keys, step):
+                stop = min(first + given.step, seen_keys)
+                for t in range(each):
+                    at = locate(x, ROWS, head * each + t)
+                    ends = lay(x, tile, at)
+                    if ends.least > ends.greatest:
+                        continue
+                    entered = False
+                    for n in range(first, stop):
+                        if seen(x, at, ends, n):
+                            if not entered:
+                                entered, sure = True, enter(LITERAL, x, given, tile, at) and sure
+                            pair(LITERAL, x, given, found, tile, slope, at, ends, n, dq)
+                for n in range(first, stop):
+                    key, count = head * lk + n * KEYS, min(KEYS, lk - n * KEYS)
+                    sure = sure and finite(found.k[key * depth : (key + count) * depth])
+                    sure = sure and finite(found.v[key * width : (key + count) * width])
+            begun = share * x.q.size + head * rows
+            found.doubt[task] = not (sure and finite(found.q[begun : begun + rows]))
+        return VERSION
+
+    return backward
