@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu import fast, score, unread, work
+from refattn.engines.cpu import adjoint, fast, score, unread, work
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.errors import ShapeError, Unsupported
@@ -59,17 +59,22 @@ def vjp(
     """
     if wrt and problem.no_gradient is not None:
         raise Unsupported(f"engine 'cpu' has no gradients of this {problem.spec.variant}: {problem.no_gradient}")
-    tape, x = Tape(), problem.lift(np.asarray)
-    inputs = {n: tape.variable(x[n]) for n in wrt}
-    taped: Any = problem.lowered(x | inputs)
+    kind, tape = _kind(problem), Tape()
+    real, own = problem.real_inputs(), set(wrt) & set("qkv")
+    inputs = {n: tape.variable(real[n].astype(np.float64, copy=False)) for n in wrt if n not in own}
+    # Where q, k and v are the plan's own, their cotangents are the gradients.
+    taped: Any = unread.plan(problem, inputs)
+    if taped is None:
+        x, own = problem.lift(np.asarray), set()
+        inputs = {n: tape.variable(x[n]) for n in wrt}
+        taped = problem.lowered(x | inputs)
     plan = map_leaves(taped, lambda leaf: getattr(leaf, "value", leaf))
-    operands = prepare(plan, _kind(problem))
-    found = _saved(outputs or {}, operands) or _wide(_outputs(plan, _kind(problem)))
+    found = _saved(outputs or {}, plan, kind) or _outputs(plan, kind)
     wanted = {n: leaf for n, leaf in leaves(taped).items() if isinstance(leaf, Variable)}
-    dout, dlse = (_cotangent(cotangents.get(n), found[n], operands) for n in ("out", "lse"))
-    gradients = _backward(plan, operands, dout, dlse, set(wanted))
-    carried = tape.gradients([(leaf, gradients[n]) for n, leaf in wanted.items()], list(inputs.values()))
-    return Outputs(found | {f"d{n}": g for n, g in zip(wrt, carried, strict=True)})
+    gradients = _gradients(plan, kind, found, cotangents, own | set(wanted))
+    pairs = [(leaf, gradients[n].astype(np.float64) if leaf.parents else gradients[n]) for n, leaf in wanted.items()]
+    carried = dict(zip(inputs, tape.gradients(pairs, list(inputs.values())), strict=True))
+    return Outputs(found | {f"d{n}": gradients[n] if n in own else carried[n] for n in wrt})
 
 
 def _kind(problem: Problem) -> type[np.floating[Any]]:
@@ -103,18 +108,17 @@ def _forward(x: Operands) -> dict[str, Floats]:
     return {"out": out, "lse": lse}
 
 
-def _wide(outputs: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
-    return {n: a.astype(np.float64) for n, a in outputs.items()}
-
-
-def _saved(outputs: Mapping[str, Any], x: Operands) -> dict[str, Floats] | None:
+def _saved(outputs: Mapping[str, Any], plan: Score, kind: type[np.floating[Any]]) -> dict[str, Any] | None:
+    """Out and lse of an earlier evaluate, where they are all there and no less precise than what is computed in."""
     if not {"out", "lse"} <= set(outputs):
         return None
-    shapes = {"out": (*x.q.shape[:3], x.v.shape[3]), "lse": x.q.shape[:3]}
+    shapes = {"out": (*plan.q.shape[:3], plan.v.shape[3]), "lse": plan.q.shape[:3]}
     for n, shape in shapes.items():
         if outputs[n].shape != shape:
             raise ShapeError(f"{n} of an earlier evaluate has shape {outputs[n].shape}, but this problem's has {shape}")
-    return {n: outputs[n].astype(np.float64) for n in shapes}
+    if any(outputs[n].dtype.itemsize < np.dtype(np.float32).itemsize for n in shapes):
+        return None
+    return {n: converted(outputs[n], kind) for n in shapes}
 
 
 def _work(x: Operands) -> int:
@@ -122,9 +126,21 @@ def _work(x: Operands) -> int:
     return int(np.prod(x.q.shape[:3])) * int(x.k.shape[2] * (x.q.shape[3] + x.v.shape[3]))
 
 
-def _cotangent(given: Any, output: Floats, x: Operands) -> NDArray[Any]:
-    """A cotangent in the type computed in; zeros where none is given."""
-    return converted(np.zeros(output.shape) if given is None else given, x.q.dtype)
+def _gradients(
+    plan: Score,
+    kind: type[np.floating[Any]],
+    found: Mapping[str, NDArray[Any]],
+    cotangents: Mapping[str, Any],
+    wanted: set[str],
+) -> dict[str, NDArray[Any]]:
+    """Cotangents of the plan's leaves by the fast kernels where they can, else row by row."""
+    dout, dlse = (converted(cotangents.get(n, np.zeros(found[n].shape, kind)), kind) for n in ("out", "lse"))
+    if wanted and kind is np.float32 and fast.takes(plan):
+        q, k, v, out, lse = (converted(a, kind) for a in (plan.q, plan.k, plan.v, found["out"], found["lse"]))
+        gradients = adjoint.gradients(plan, adjoint.Pass(q, k, v, out, lse, dout, dlse), wanted)
+        if gradients is not None:
+            return gradients
+    return _backward(plan, prepare(plan, kind), dout, dlse, wanted)
 
 
 def _backward(plan: Score, x: Operands, dout: NDArray[Any], dlse: NDArray[Any], wanted: set[str]) -> dict[str, Floats]:

@@ -8,13 +8,14 @@ A tile's five products, with dU = scale cap' dS:
 
     Sᵀ = K Qᵀ,   dPᵀ = V dOᵀ,   dQ += dU K,   dV += Pᵀ dO,   dK += dUᵀ Q
 """
+# ruff: noqa: PLR0917  Numba calls kernels by position
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import literally  # type: ignore[attr-defined]
@@ -22,7 +23,7 @@ from numba import literally  # type: ignore[attr-defined]
 from refattn.engines.cpu import gradients, logits, tiles, vectors, work
 from refattn.engines.cpu._jit import jit, stamp
 from refattn.engines.cpu.forward import Shape
-from refattn.engines.cpu.gradients import bend_back, deltas, outer, times, turn_back
+from refattn.engines.cpu.gradients import bend_back, deltas, multiply, outer, times, turn_back
 from refattn.engines.cpu.logits import biased, scores, seen
 from refattn.engines.cpu.tiles import products, turn
 from refattn.engines.cpu.vectors import take
@@ -42,11 +43,21 @@ class Given(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What the kernel adds to, all 0 at first: dq for each share, dk, dv flat; doubt, True for each task in doubt."""
+    """What the kernel adds to, all 0 at first, flat; and for each task whether one of its numbers is not finite.
+
+    q (S,B,Hq,Lq,D), k, v float32, S shares. Where wanted, else of size 0, float64 sums of dS: slope, row (S,B,Hq,Lq) of
+    −dS |r| and of dS; key (B,Hq,Lk); table (S,B,Hq,columns), by r = position(j) − position(i) from `low` on.
+    """
 
     q: Array
     k: Array
     v: Array
+    slope: Array
+    row: Array
+    key: Array
+    table: Array
+    low: int
+    columns: int
     doubt: Array
 
 
@@ -109,32 +120,81 @@ def add_product(
 
 
 @jit
+def collect(x: Arrays, found: Gradients, tile: Tile, at: Rows, j: int, count: int, share: int) -> None:
+    """Add the cotangents of a tile's logits, in tile.bias, to the sums that are wanted."""
+    batch, heads, _, lq, lk, _, _ = x.sizes
+    lanes, begun = tile.top.size, share * batch * heads * lq + at.first
+    places = x.k_at[at.b % x.k_at.shape[0]]
+    for sums, steep in ((found.slope, True), (found.row, False)):
+        if sums.size:
+            tile.factor[:] = 0.0
+            for n in range(count):
+                line, place = tile.bias[n * lanes : (n + 1) * lanes], places[j + n]
+                for r in range(lanes):
+                    tile.factor[r] -= line[r] * np.float32(abs(place - tile.place[r]) if steep else -1)
+            for r in range(at.rows):
+                sums[begun + r] += tile.factor[r]
+    for r in range(at.rows if found.key.size or found.table.size else 0):
+        head = (at.first + r) // lq
+        if found.key.size:
+            line = found.key[head * lk + j : head * lk + j + count]
+            for n in range(count):
+                line[n] += tile.bias[n * lanes + r]
+        if found.table.size:
+            own = (share * batch * heads + head) * found.columns - tile.place[r] - found.low
+            for n in range(count):
+                found.table[own + places[j + n]] += tile.bias[n * lanes + r]
+
+
+@jit
+def weights(
+    shape: int, x: Arrays, given: Given, tile: Tile, slope: Array, at: Rows, ends: Ends, j: int, count: int, factor: Any
+) -> None:
+    """P in tile.s and dS times `factor` in tile.bias; with a softcap, scale cap' in `slope`."""
+    literally(shape)
+    depth, width, key = x.sizes[5], x.sizes[6], (at.b * x.sizes[2] + at.g) * x.sizes[4] + j
+    s, dp, steep = tile.s.ctypes.data, tile.bias.ctypes.data, np.float32(x.cap[0])
+    if steep > 0:
+        products(shape, s, tile.q.ctypes.data, x.k.ctypes.data + 4 * key * depth, 4 * depth, count, depth)
+        bend_back(shape, s, slope.ctypes.data, count, steep, np.float32(x.cap[1]), np.float32(given.scale))
+        unit = biased(shape, x, tile, at, ends, j, count, np.float32(1.0))
+    else:
+        unit = scores(shape, x, tile, at, ends, j, count)
+    products(shape, dp, tile.o.ctypes.data, x.v.ctypes.data + 4 * key * width, 4 * width, count, width)
+    turn_back(shape, s, dp, count, unit, tile.top.ctypes.data, tile.total.ctypes.data, factor)
+
+
+@jit
 def pair(
-    shape: int, x: Arrays, given: Given, found: Gradients, tile: Tile, slope: Array, at: Rows, ends: Ends, n: int, dq: int
+    shape: int,
+    x: Arrays,
+    given: Given,
+    found: Gradients,
+    tile: Tile,
+    slope: Array,
+    at: Rows,
+    ends: Ends,
+    n: int,
+    share: int,
 ) -> None:
     """The five products of a tile of rows and the n-th tile of keys."""
     literally(shape)
-    depth, width, line = x.sizes[5], x.sizes[6], 4 * tile.top.size
-    j = n * KEYS
+    depth, width, line, j = x.sizes[5], x.sizes[6], 4 * tile.top.size, n * KEYS
     count, key = min(KEYS, x.k_length[at.b] - j), (at.b * x.sizes[2] + at.g) * x.sizes[4] + j
-    k, v = x.k.ctypes.data + 4 * key * depth, x.v.ctypes.data + 4 * key * width
-    q, dout = x.q.ctypes.data + 4 * at.first * depth, given.dout.ctypes.data + 4 * at.first * width
-    s, dp, steep = tile.s.ctypes.data, tile.bias.ctypes.data, np.float32(x.cap[0])
-    factor = np.float32(given.scale)
-    if steep > 0:
-        products(shape, s, tile.q.ctypes.data, k, 4 * depth, count, depth)
-        bend_back(shape, s, slope.ctypes.data, count, steep, np.float32(x.cap[1]), factor)
-        unit = biased(shape, x, tile, at, ends, j, count, np.float32(1.0))
-        factor = np.float32(1.0)
-    else:
-        unit = scores(shape, x, tile, at, ends, j, count)
-    products(shape, dp, tile.o.ctypes.data, v, 4 * width, count, width)
-    turn_back(shape, s, dp, count, unit, tile.top.ctypes.data, tile.total.ctypes.data, factor)
-    if steep > 0:
+    s, dp, scale = tile.s.ctypes.data, tile.bias.ctypes.data, np.float32(given.scale)
+    bent, summed = x.cap[0] > 0, found.slope.size + found.row.size + found.key.size + found.table.size > 0
+    weights(shape, x, given, tile, slope, at, ends, j, count, np.float32(1.0) if bent or summed else scale)
+    if summed:
+        collect(x, found, tile, at, j, count, share)
+    if bent:
         times(shape, dp, slope.ctypes.data, count)
+    elif summed:
+        multiply(shape, dp, count, scale)
+    q, dout = x.q.ctypes.data + 4 * at.first * depth, given.dout.ctypes.data + 4 * at.first * width
+    dq = found.q.ctypes.data + 4 * (share * x.q.size + at.first * depth)
     add_product(shape, found.v.ctypes.data + 4 * key * width, count, s, line, 4, at.rows, dout, width)
     add_product(shape, found.k.ctypes.data + 4 * key * depth, count, dp, line, 4, at.rows, q, depth)
-    add_product(shape, dq + 4 * at.first * depth, at.rows, dp, 4, line, count, k, depth)
+    add_product(shape, dq, at.rows, dp, 4, line, count, x.k.ctypes.data + 4 * key * depth, depth)
 
 
 @cache
@@ -154,8 +214,7 @@ def kernel(shape: Shape) -> Callable[[Arrays, Given, Gradients, Tile, Array, Arr
             if task >= batch * groups * given.shares:
                 break
             head, share = task // given.shares, task % given.shares
-            dq, sure = found.q.ctypes.data + 4 * share * x.q.size, True
-            seen_keys = -(-x.k_length[head // groups] // KEYS)
+            sure, seen_keys = True, -(-x.k_length[head // groups] // KEYS)
             for first in range(share * given.step, seen_keys, step):
                 stop = min(first + given.step, seen_keys)
                 for t in range(each):
@@ -168,7 +227,7 @@ def kernel(shape: Shape) -> Callable[[Arrays, Given, Gradients, Tile, Array, Arr
                         if seen(x, at, ends, n):
                             if not entered:
                                 entered, sure = True, enter(LITERAL, x, given, tile, at) and sure
-                            pair(LITERAL, x, given, found, tile, slope, at, ends, n, dq)
+                            pair(LITERAL, x, given, found, tile, slope, at, ends, n, share)
                 for n in range(first, stop):
                     key, count = head * lk + n * KEYS, min(KEYS, lk - n * KEYS)
                     sure = sure and finite(found.k[key * depth : (key + count) * depth])
@@ -178,3 +237,55 @@ def kernel(shape: Shape) -> Callable[[Arrays, Given, Gradients, Tile, Array, Arr
         return VERSION
 
     return backward
+
+
+@cache
+def by_pair(shape: Shape) -> Callable[..., int]:
+    """The compiled pass for the cotangent of a dense bias, (own[0],own[1],Lq,Lk) flat, 0 at first.
+
+    One task is a tile of rows of it, which goes through all batches and heads that it is repeated for.
+    """
+    ROWS = shape.rows
+    LITERAL = shape.width << 16 | shape.vectors << 8 | shape.block
+    VERSION = stamp(gradients, logits, tiles, vectors, work)
+
+    @jit
+    def backward_bias(
+        x: Arrays,
+        given: Given,
+        own: tuple[int, int],
+        found: Array,
+        tile: Tile,
+        slope: Array,
+        doubt: Array,
+        counter: Array,
+    ) -> int:
+        batch, heads, groups, lq, lk, _, _ = x.sizes
+        each = -(-lq // ROWS)
+        while True:
+            task = take(counter.ctypes.data)
+            if task >= own[0] * own[1] * each:
+                break
+            i, sure = (each - 1 - task % each) * ROWS, True
+            begun = (task // each * lq + i) * lk
+            for b in range(task // each // own[1], batch, own[0]):
+                for h in range(task // each % own[1], heads, own[1]):
+                    first = (b * heads + h) * lq + i
+                    at = Rows(b, h // (heads // groups), h, i, first, min(ROWS, lq - i), True)
+                    ends = lay(x, tile, at)
+                    if ends.least > ends.greatest:
+                        continue
+                    sure = enter(LITERAL, x, given, tile, at) and sure
+                    for n in range(-(-x.k_length[b] // KEYS)):
+                        if seen(x, at, ends, n):
+                            j = n * KEYS
+                            count = min(KEYS, x.k_length[b] - j)
+                            weights(LITERAL, x, given, tile, slope, at, ends, j, count, np.float32(1.0))
+                            for r in range(at.rows):
+                                line = found[begun + r * lk + j : begun + r * lk + j + count]
+                                for c in range(count):
+                                    line[c] += tile.bias[c * ROWS + r]
+            doubt[task] = not (sure and finite(found[begun : begun + min(ROWS, lq - i) * lk]))
+        return VERSION
+
+    return backward_bias

@@ -4,8 +4,8 @@ r"""Steps of the backward kernel on one tile, beside those of `tiles`.
     turn_back    p[n] = exp2(c s[n] − lse), ds[n] = factor p[n] (dp[n] − δ)
     outer        to[a,c] += Σ_b w[a,b] other[b,c]           the lanes are columns
 
-S^T, dP^T and what becomes of them have queries in the lanes, as in `tiles`; dq, dk and dv are added to where they lie in
-memory, with their columns in the lanes. All arguments that are not numbers of something are addresses.
+Sᵀ, dPᵀ and what becomes of them have queries in the lanes, as in `tiles`; dq, dk and dv are added to where they lie,
+with their columns in the lanes. All arguments that are not numbers of something are addresses.
 """
 # ruff: noqa: PLR0917  Numba calls intrinsics by position
 
@@ -154,17 +154,17 @@ def _load(x: Lanes, address: Any, mask: Any) -> Any:
     if mask is None:
         return x.load(address)
     pointer = x.b.inttoptr(address, x.floats.as_pointer())
-    return x.b.call(_masked(x, "load", x.floats, [pointer.type, I32, mask.type, x.floats]), [pointer, I32(4), mask, x.spread(0.0)])
+    return _masked(x, "load", x.floats, pointer, I32(4), mask, x.spread(0.0))
 
 
 def _store(x: Lanes, value: Any, address: Any, mask: Any) -> None:
     if mask is None:
         x.store(value, address)
-        return
-    pointer = x.b.inttoptr(address, x.floats.as_pointer())
-    x.b.call(_masked(x, "store", ir.VoidType(), [x.floats, pointer.type, I32, mask.type]), [value, pointer, I32(4), mask])
+    else:
+        _masked(x, "store", ir.VoidType(), value, x.b.inttoptr(address, x.floats.as_pointer()), I32(4), mask)
 
 
-def _masked(x: Lanes, name: str, result: Any, arguments: list[Any]) -> Any:
-    full = f"llvm.masked.{name}.v{x.width}f32.p0"
-    return x.b.module.globals.get(full) or ir.Function(x.b.module, ir.FunctionType(result, arguments), full)
+def _masked(x: Lanes, name: str, result: Any, *values: Any) -> Any:
+    kind, full = ir.FunctionType(result, [value.type for value in values]), f"llvm.masked.{name}.v{x.width}f32.p0"
+    function = x.b.module.globals.get(full) or ir.Function(x.b.module, kind, full)
+    return x.b.call(function, values)

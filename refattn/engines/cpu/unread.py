@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,15 +26,18 @@ class Unread:
         raise TypeError("the array's numbers are read")
 
 
-def plan(problem: Problem) -> Score | None:
-    """The Score plan with q, k, v in the caller's own dtype; None where lowering reads them, or it is another plan."""
+def plan(problem: Problem, others: Mapping[str, Any] | None = None) -> Score | None:
+    """The Score plan with q, k, v in the caller's own dtype; None where lowering reads them, or it is another plan.
+
+    `others` stand in the place of the inputs of their names.
+    """
     inputs, lower = problem.inputs, getattr(problem.variant, "lower", None)
     if not callable(lower) or hasattr(problem.variant, "state") or not {"q", "k", "v"} <= set(inputs):
         return None
     given = {n: Unread(inputs[n]) for n in "qkv"}
     real = {n: a.astype(np.float64, copy=False) for n, a in problem.real_inputs().items() if n not in given}
     try:
-        found = lower(problem.spec, dict(inputs) | real | given)
+        found = lower(problem.spec, dict(inputs) | real | dict(others or {}) | given)
     except (TypeError, AttributeError):
         return None
     if not isinstance(found, Score) or any(getattr(found, n) is not array for n, array in given.items()):
