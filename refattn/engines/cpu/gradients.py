@@ -16,7 +16,7 @@ from typing import Any
 from llvmlite import ir
 
 from refattn.engines.cpu.tiles import sweep
-from refattn.engines.cpu.vectors import F32, I32, I64, Lanes, inline
+from refattn.engines.cpu.vectors import F32, I32, Lanes, inline
 
 
 @inline
@@ -107,46 +107,35 @@ def outer(
 
     Strides in bytes: `down` and `along` from row to row and from number to number of w.
     """
-    piece = x.index(x.width * x.vectors)
 
-    def block_of(vectors: int, column: Any, mask: Any) -> Any:
-        kinds = [None] * (vectors - 1) + [mask]
-
+    def columns_from(column: Any, vectors: int, mask: Any) -> None:
         def block(start: Any, size: int) -> None:
             rows = [x.at(to, (x.b.add(start, x.index(n)), to_stride), (column, 4)) for n in range(size)]
             firsts = [x.at(w, (x.b.add(start, x.index(n)), down)) for n in range(size)]
-            begun = [_load(x, x.at(row, 4 * x.width * v), m) for row in rows for v, m in enumerate(kinds)]
-            sums = x.variables(begun)
+            places = [x.at(row, 4 * x.width * v) for row in rows for v in range(vectors)]
+            sums = x.variables([_load(x, place, mask) for place in places])
             with x.each(depth) as b:
                 line = x.at(other, (b, stride), (column, 4))
-                numbers = [_load(x, x.at(line, 4 * x.width * v), m) for v, m in enumerate(kinds)]
+                numbers = [_load(x, x.at(line, 4 * x.width * v), mask) for v in range(vectors)]
                 for n in range(size):
                     weight = x.spread(x.load(x.at(firsts[n], (b, along)), F32))
                     for v in range(vectors):
                         place = sums[n * vectors + v]
                         x.b.store(x.fma(weight, numbers[v], x.b.load(place)), place)
-            for n, row in enumerate(rows):
-                for v, m in enumerate(kinds):
-                    _store(x, x.b.load(sums[n * vectors + v]), x.at(row, 4 * x.width * v), m)
+            for kept, place in zip(sums, places, strict=True):
+                _store(x, x.b.load(kept), place, mask)
 
-        return block
+        x.in_blocks(count, block)
 
-    whole = x.b.sdiv(columns, piece)
+    whole = x.b.sdiv(columns, x.index(x.width * x.vectors))
     with x.each(whole) as c:
-        x.in_blocks(count, block_of(x.vectors, x.b.mul(c, piece), None))
-    begin = x.b.mul(whole, piece)
+        columns_from(x.b.mul(c, x.index(x.width * x.vectors)), x.vectors, None)
+    begin = x.b.mul(whole, x.index(x.width * x.vectors))
     left = x.b.sub(columns, begin)
-    end = x.b.append_basic_block("columns.end")
-    choice = x.b.switch(x.b.sdiv(x.b.add(left, x.index(x.width - 1)), x.index(x.width)), end)
-    for vectors in range(1, x.vectors + 1):
-        case = x.b.append_basic_block(f"columns.{vectors}")
-        choice.add_case(I64(vectors), case)
-        x.b.position_at_end(case)
-        rest = x.b.trunc(x.b.sub(left, x.index((vectors - 1) * x.width)), I32)
-        mask = x.b.icmp_signed("<", x.integers(list(range(x.width))), x.spread(rest))
-        x.in_blocks(count, block_of(vectors, begin, mask))
-        x.b.branch(end)
-    x.b.position_at_end(end)
+    with x.each(x.b.sdiv(x.b.add(left, x.index(x.width - 1)), x.index(x.width))) as c:
+        done = x.b.mul(c, x.index(x.width))
+        mask = x.b.icmp_signed("<", x.integers(list(range(x.width))), x.spread(x.b.trunc(x.b.sub(left, done), I32)))
+        columns_from(x.b.add(begin, done), 1, mask)
 
 
 def _load(x: Lanes, address: Any, mask: Any) -> Any:
