@@ -165,7 +165,7 @@ def test_few_heads_are_shared_out_and_the_shares_add_up(rng, monkeypatch):
     inputs |= {"t5_table": rng.standard_normal((32, 2)).astype(np.float32), "slopes": np.ones(2, np.float32)}
     spec = ra.SDPA(causal="bottom_right", bias=(ra.T5(), ra.ALiBi(slopes="learned")))
     bias = {"bias": rng.standard_normal((200, 1)).astype(np.float32)}
-    assert adjoint._shares(1, 11, 4 * 2 * 200 * 24) == 3
+    assert adjoint._shares(1, 11, 4 * 2 * 200 * 24) == (8, 1)
     shared = within(spec, inputs | bias, rng)
     monkeypatch.setattr(adjoint, "_TASKS", 1)
     alone = within(spec, inputs | bias, rng)
@@ -176,10 +176,13 @@ def test_shares_fit_into_memory():
     """dq of 32768 rows of one head of 128 numbers: at most 64 MiB beyond inputs and outputs."""
     for width in (64, 128):
         size = 4 * 32768 * width
-        assert 1 < adjoint._shares(1, 512, size) <= 8
-        assert (adjoint._shares(1, 512, size) - 1) * size <= 48 << 20
-    assert adjoint._shares(8, 512, 1) == 1
-    assert adjoint._shares(1, 1, 1) == 1
+        shares, step = adjoint._shares(1, 512, size)
+        assert shares > 2
+        assert step == 8
+        assert (shares - 1) * size <= 48 << 20
+    assert adjoint._shares(8, 512, 1) == (1, 8)
+    assert adjoint._shares(1, 1, 1) == (1, 8)
+    assert adjoint._shares(2, 32, 1) == (4, 4)
 
 
 def test_threads_share_out_tasks_and_change_no_bit(rng, monkeypatch):

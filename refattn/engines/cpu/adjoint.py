@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refattn.engines.cpu import fast
-from refattn.engines.cpu.backward import Given, Gradients, by_pair, kernel
+from refattn.engines.cpu.backward import Given, Gradients, by_pair, kernel, total
 from refattn.engines.cpu.forward import shape_for
 from refattn.engines.cpu.operands import differences, rank4
-from refattn.engines.cpu.pool import together
+from refattn.engines.cpu.pool import spread, together
 from refattn.engines.cpu.work import KEYS, Array, Arrays, scratch
 from refattn.plan import Dense, Score, Slope, Table
 
 _TASKS = 8  # at least, where there are so many tiles of keys: fewer heads are shared out
-_STEP = 4  # tiles of keys that a tile of rows is packed for
+_STEP = 8  # tiles of keys at most that a tile of rows is packed for: they and their gradients fit the second cache
 _BUFFERS = 48 << 20  # bytes of the dq of all shares but the first
 
 
@@ -92,8 +92,7 @@ def _of_tiles(
 ) -> dict[str, Array] | None:
     """All but what is by pair."""
     batch, heads, groups, lq, lk, depth, width = x.sizes
-    shares = _shares(batch * groups, -(-lk // KEYS), given.q.nbytes)
-    low, count = differences(plan)
+    shares, step = _shares(batch * groups, -(-lk // KEYS), given.q.nbytes)
     biases = {f"bias.{n}": b for n, b in enumerate(plan.bias) if f"bias.{n}" in wanted}
     sums = [
         any(isinstance(b, Slope) for b in biases.values()),
@@ -101,18 +100,19 @@ def _of_tiles(
         any(isinstance(b, Dense) and rank4(b.values.shape)[3] > 1 for b in biases.values()),
         any(isinstance(b, Table) for b in biases.values()),
     ]
+    low, count = differences(plan) if sums[3] else (0, 0)
     shapes = [(shares, batch, heads, lq), (shares, batch, heads, lq), (batch, heads, lk), (shares, batch, heads, count)]
     slope, row, key, table = (np.zeros(shape if on else 0) for on, shape in zip(sums, shapes, strict=True))
     dq, dk, dv = np.zeros((shares, *given.q.shape), np.float32), np.zeros_like(given.k), np.zeros_like(given.v)
     doubt, counter = np.empty(batch * groups * shares, np.bool_), np.zeros(1, np.int64)
-    flat = (a.reshape(-1) for a in (dq, dk, dv, slope, row, key, table))
-    gradients = Gradients(*flat, low=low, columns=count, doubt=doubt)
+    results = (a.reshape(-1) for a in (dq, dk, dv, slope, row, key, table))
+    gradients = Gradients._make([*results, low, count, doubt])
     shape = shape_for(heads // groups, lq)
-    own = _given(plan, given, shares)
+    own = _given(plan, given, shares, step)
     work = given.lse.size * lk * (3 * depth + 2 * width)
     together(
         kernel(shape),
-        lambda: (x, own, gradients, scratch(shape.rows, depth, width), _slopes(shape.rows), counter),
+        lambda: (x, own, gradients, scratch(shape.rows, depth, width), _bent(shape.rows), counter),
         doubt.size,
         work,
     )
@@ -132,19 +132,23 @@ def _of_tiles(
     return found
 
 
-def _given(plan: Score, given: Pass, shares: int) -> Given:
+def _given(plan: Score, given: Pass, shares: int, step: int) -> Given:
     flat = (a.reshape(-1) for a in (given.out, given.lse, given.dout, given.dlse))
-    return Given(*flat, scale=float(plan.scale), shares=shares, step=_STEP)
+    return Given._make([*flat, float(plan.scale), shares, step])
 
 
-def _slopes(rows: int) -> Array:
+def _bent(rows: int) -> Array:
+    """Scratch for the softcap's slope of a tile."""
     return np.empty(KEYS * rows, np.float32)
 
 
-def _shares(heads: int, tiles: int, size: int) -> int:
-    """Into how many tasks the keys of a head are shared out; by shapes alone."""
-    wanted, most = -(-_TASKS // heads), 1 + _BUFFERS // max(size, 1)
-    return max(1, min(wanted, most, -(-tiles // _STEP)))
+def _shares(heads: int, tiles: int, size: int) -> tuple[int, int]:
+    """Into how many tasks the keys of a head are shared out, and how many tiles a step has; by shapes alone.
+
+    Each share has two steps or more, where there are so many tiles, for a causal mask leaves the last ones little.
+    """
+    shares = max(1, min(-(-_TASKS // heads), 1 + _BUFFERS // max(size, 1), tiles))
+    return shares, _STEP if shares == 1 else max(1, min(_STEP, tiles // (2 * shares)))
 
 
 def _of_sink(sink: Array, given: Pass) -> Array:
@@ -157,8 +161,8 @@ def _of_sink(sink: Array, given: Pass) -> Array:
 
 def _summed(parts: Array) -> Array:
     """The sum over the first axis, in its order, in the memory of the first."""
-    for part in parts[1:]:
-        parts[0] += part
+    if len(parts) > 1:
+        spread(total, (parts.reshape(len(parts), -1),), parts[0].size, parts.size)
     return np.asarray(parts[0])
 
 
@@ -178,11 +182,11 @@ def _of_pairs(plan: Score, x: Arrays, given: Pass, bias: Dense) -> Array | None:
     shape = shape_for(1, lq)
     tasks = own[0] * own[1] * -(-lq // shape.rows)
     doubt, counter = np.empty(tasks, np.bool_), np.zeros(1, np.int64)
-    arguments = (x, _given(plan, given, 1), own[:2], gradient.reshape(-1))
+    arguments = (x, _given(plan, given, 1, 1), own[:2], gradient.reshape(-1))
     work = given.lse.size * lk * (depth + width)
     together(
         by_pair(shape),
-        lambda: (*arguments, scratch(shape.rows, depth, width), _slopes(shape.rows), doubt, counter),
+        lambda: (*arguments, scratch(shape.rows, depth, width), _bent(shape.rows), doubt, counter),
         tasks,
         work,
     )

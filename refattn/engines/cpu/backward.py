@@ -197,6 +197,14 @@ def pair(
     add_product(shape, dq, at.rows, dp, 4, line, count, x.k.ctypes.data + 4 * key * depth, depth)
 
 
+@jit
+def total(parts: Array, start: int, stop: int) -> None:
+    """Add all rows (n, size) to the first; task = column."""
+    for n in range(1, parts.shape[0]):
+        for i in range(start, stop):
+            parts[0, i] += parts[n, i]
+
+
 @cache
 def kernel(shape: Shape) -> Callable[[Arrays, Given, Gradients, Tile, Array, Array], int]:
     """The compiled pass for a tile shape; the array of one number is the next task, which threads share."""
