@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,8 +16,8 @@ from refattn import registry
 from refattn.arrays import from_numpy, to_numpy
 from refattn.dtypes import format_of, round_to
 from refattn.errors import DTypeError, ShapeError, SpecError, Unsupported
-from refattn.problem import Problem, check, is_kind, state_arrays
-from refattn.spec import Outputs, Spec, describe
+from refattn.problem import Problem, Shaped, fit, is_kind, state_arrays, within
+from refattn.spec import Array, Outputs, Spec, describe
 from refattn.state import State
 
 
@@ -47,6 +49,8 @@ def attention(
     r"""Softmax attention, exact to the rounding of its dtype.
 
         out = Σ_j softmax_j(softcap(scale q·k) + bias | visible, sink) v_j
+
+    Weights by sigmoid, keys and values in int8 or in blocks are options of `refattn.SDPA`, for `evaluate` and `vjp`.
 
     Parameters
     ----------
@@ -189,9 +193,10 @@ def vjp(
 
 
 def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dict[str, Any]:
-    """What a problem of these sizes is: resolved spec, signature, engines, plan, operations, memory.
+    """What a problem of these sizes is: resolved spec, signature, engines, plan, operations, memory, skipping.
 
-    Engines that take it have None, others the reason; a variant without a plan has the reason in its place.
+    Engines that take it have None, others the reason; a variant without a plan has the reason in its place. "skipping"
+    is what an engine leaves out of such a problem because it is proved not to count, by engine.
     `sizes` are those of the signature: {"B": 1, "Hq": 8, "Hkv": 8, "Lq": 128, "Lk": 128, "D": 64, "Dv": 64}. The
     arrays that the spec requires are assumed, optional ones not.
     """
@@ -204,14 +209,19 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
     for dim, size in sizes.items():
         if type(size) is not int or size < 0:
             raise ShapeError(f"sizes are integers from 0 on; given: {dim}={size!r}")
-    kinds = {"real": format_of(dtype).numpy, "int": np.int64, "bool": bool}
+    kinds = {"real": format_of(dtype).numpy, "bool": bool}
     needed = {n: a for n, a in signature.items() if not a.optional}
-    inputs = {n: np.full(a.shape(sizes), a.kind == "real", kinds[a.kind]) for n, a in needed.items()}
+    inputs = {n: np.full(a.shape(sizes), a.kind == "real", kinds.get(a.kind, a.integers)) for n, a in needed.items()}
     problem = build(whole, inputs, dtype, ("out",))
     engines: dict[str, str | None] = {}
+    skipping: dict[str, str] = {}
     for name in registry.ENGINES:
         try:
-            engines[name] = registry.engine(name).refuses(problem)
+            engine = registry.engine(name)
+            engines[name] = engine.refuses(problem)
+            skips = engine.skips(problem) if engines[name] is None and hasattr(engine, "skips") else None
+            if skips is not None:
+                skipping[name] = skips
         except ImportError as error:
             engines[name] = str(error)
         except Unsupported as error:
@@ -225,6 +235,7 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
         "operations": told[0],
         "input_bytes": sum(a.nbytes for a in inputs.values()),
         "score_matrix_bytes": told[1],
+        "skipping": skipping,
     }
 
 
@@ -233,20 +244,57 @@ def build(spec: Spec, arrays: Mapping[str, Any], dtype: Any, want: tuple[str, ..
 
     `length` tokens have gone before; the arrays of the state after them stand among the others as state_<name>.
     """
-    whole, module = _whole(spec)
-    given = state_arrays(module, whole, length) if any(name.startswith("state_") for name in arrays) else {}
-    sizes = check(module.signature(whole) | given, arrays)
-    resolved = module.resolve(whole, sizes)
-    if hasattr(module, "validate"):
-        module.validate(resolved, arrays)
-    offered = [*module.outputs(resolved), *(["state"] if hasattr(module, "state") else [])]
-    unknown = sorted(set(want) - set(offered))
+    shaped = tuple((name, Shaped(a.shape, a.dtype)) for name, a in arrays.items())
+    form = None
+    with suppress(TypeError):  # of a spec that has no hash
+        form = _form(spec, shaped, length)
+    if form is None:
+        form = _form.__wrapped__(spec, shaped, length)
+    if form.bounded:
+        within(form.bounded, {name: arrays[name] for name in form.bounded}, form.sizes)
+    if hasattr(form.module, "validate"):
+        form.module.validate(form.spec, arrays)
+    unknown = sorted(set(want) - set(form.offered))
     if unknown:
-        raise SpecError(f"want names {unknown[0]!r}; {resolved.variant} offers {', '.join(offered)}")
-    first = next(iter(module.signature(resolved)))
-    asked = np.dtype(format_of(arrays[first].dtype if dtype is None else dtype).numpy)
-    inputs = dict(arrays)
-    return Problem(spec=resolved, variant=module, inputs=inputs, sizes=sizes, dtype=asked, want=want, length=length)
+        raise SpecError(f"want names {unknown[0]!r}; {form.spec.variant} offers {', '.join(form.offered)}")
+    asked = np.dtype(format_of(arrays[form.first].dtype if dtype is None else dtype).numpy)
+    return Problem(
+        spec=form.spec,
+        variant=form.module,
+        inputs=dict(arrays),
+        sizes=dict(form.sizes),
+        dtype=asked,
+        want=want,
+        length=length,
+    )
+
+
+class _Form(NamedTuple):
+    """What a problem is before any number is read: equal for equal specs and shapes.
+
+    bounded: the arrays whose values lie in a domain; offered: names of outputs; first: name of the array whose dtype
+    is the default one.
+    """
+
+    spec: Spec
+    module: Any
+    sizes: Mapping[str, int]
+    bounded: Mapping[str, Array]
+    offered: tuple[str, ...]
+    first: str
+
+
+@lru_cache(maxsize=256)
+def _form(spec: Spec, shaped: tuple[tuple[str, Shaped], ...], length: int) -> _Form:
+    whole, module = _whole(spec)
+    arrays = dict(shaped)
+    given = state_arrays(module, whole, length) if any(name.startswith("state_") for name in arrays) else {}
+    signature = module.signature(whole) | given
+    sizes = fit(signature, arrays)
+    resolved = module.resolve(whole, sizes)
+    bounded = {name: signature[name] for name in arrays if signature[name].domain != "any"}
+    offered = (*module.outputs(resolved), *(["state"] if hasattr(module, "state") else []))
+    return _Form(resolved, module, sizes, bounded, offered, next(iter(module.signature(resolved))))
 
 
 def _run(problem: Problem, engine: str, state_dtype: Any = None) -> Outputs:

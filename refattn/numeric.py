@@ -284,7 +284,6 @@ def softmax_attend(
     its row NaN; in a pair that is not live it touches nothing.
     """
     batch, heads, lq, lk = s.shape
-    groups, dv = v.shape[1], v.shape[3]
     live = np.broadcast_to(live, s.shape)
     bad = live & ~finite(s) if spoiled is None else live & (spoiled | ~finite(s))
     s = stored(where(live, clean(s), 0), cotangent=True)
@@ -304,20 +303,33 @@ def softmax_attend(
         # On the weights of the live keys alone, so that forwards and backwards no other key hears of it.
         w = w * where(live & np.any(bad, -1, keepdims=True), real(np.nan, s), real(1, s))
         lse = lse * where(np.any(bad, -1), real(np.nan, s), real(1, s))
-    grouped = (batch, groups, heads // max(groups, 1), lq)
-    mean = einsum("bgrij,bgjd->bgrid", reshape(w, (*grouped, lk)), clean(v))
-    mean = reshape(mean, (batch, heads, lq, dv))
-    for which, table in relative:
-        count = table.shape[-2]
-        rows = np.broadcast_to(which[..., None] == np.arange(count), (batch, lq, lk, count)).astype(np.int64)
-        letters = "bhin,nd->bhid" if table.ndim == 2 else "bhin,hnd->bhid"
-        mean = mean + einsum(letters, einsum("bhij,bijn->bhin", w, real(rows, w)), table)
+    mean = weighted(w, v, relative)
     size = reshape(z, (batch, heads, lq, 1))
     out = stored(where(keyless, 0, mean) / where(keyless, 1, size))
     v_ok = finite(v)
     if not v_ok.all():
         # A value that is no number spoils its row's weights backwards, never another value: dv is a weight.
-        reach = live.reshape(*grouped, lk).astype(np.float64)
-        hit = (reach @ (~v_ok).astype(np.float64)[:, :, None] > 0).reshape(out.shape)
-        out = out + total(w, -1, keepdims=True) * where(hit, real(np.nan, s), real(0, s))
+        hit = where(reached(live, ~v_ok), real(np.nan, s), real(0, s))
+        out = out + total(w, -1, keepdims=True) * hit
     return out, lse
+
+
+def weighted(w: Any, v: Any, relative: Sequence[tuple[Integers, Any]]) -> Any:
+    """Σ_j w_ij v_j for weights (B,H,Lq,Lk), values and tables as `softmax_attend` takes them, no number being 0."""
+    (batch, heads, lq, lk), (groups, dv) = w.shape, v.shape[1::2]
+    by_group = reshape(w, (batch, groups, heads // max(groups, 1), lq, lk))
+    found = reshape(einsum("bgrij,bgjd->bgrid", by_group, clean(v)), (batch, heads, lq, dv))
+    for which, table in relative:
+        count = table.shape[-2]
+        rows = np.broadcast_to(which[..., None] == np.arange(count), (batch, lq, lk, count)).astype(np.int64)
+        letters = "bhin,nd->bhid" if table.ndim == 2 else "bhin,hnd->bhid"
+        found = found + einsum(letters, einsum("bhij,bijn->bhin", w, real(rows, w)), table)
+    return found
+
+
+def reached(live: Bools, bad: Bools) -> Bools:
+    """Where (B,H,Lq,Dv) a row of live (B,H,Lq,Lk) reads a bad entry (B,G,Lk,Dv) of the values."""
+    (batch, heads, lq, lk), (groups, dv) = live.shape, bad.shape[1::2]
+    by_group = live.reshape(batch, groups, heads // max(groups, 1), lq, lk).astype(np.float64)
+    found: Bools = (by_group @ bad.astype(np.float64)[:, :, None] > 0).reshape(batch, heads, lq, dv)
+    return found

@@ -8,7 +8,6 @@ the 64-bit one, and its distributions may change between versions.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +52,8 @@ def philox4x32(counter: Sequence[ArrayLike], key: tuple[int, int]) -> Words:
 
 def identifier(name: str) -> int:
     """Return the 32-bit number of a case or tensor: the first 8 hex digits of the SHA-256 of its UTF-8 name."""
+    import hashlib
+
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 

@@ -69,6 +69,10 @@ class Score:
         s_ij = softcap(scale q_i·k_j + Σ relative_ij) + Σ bias_ij
         out_i = Σ_j keep_ij softmax_j(s_i, sink) (v_j + Σ v_table_ij)
 
+    With pages (B,M) and lengths, k, v and scales are blocks of S slots, k (N,Hkv,S,D): key j < Lk = M S of sequence b
+    stands in slot j mod S of block pages[b, j div S]; entries and slots beyond its length may hold anything.
+    k_scale and v_scale (B,Hkv,Lk) multiply the logit q_i·k_j and the value v_j of a key whose k and v are integers.
+    With normalizer "sigmoid" the weight is 1 / (1 + exp(−s_ij − sigmoid_bias)), and there is no sink and no lse.
     Row i sees key j when: position(j) ≤ position(i) if causal; −left ≤ position(j) − position(i) ≤ right; both lie
     inside their lengths; their segments are equal; the mask says so; no bias is −∞.
 
@@ -93,6 +97,11 @@ class Score:
     sink: Any = None
     keep: tuple[NDArray[np.bool_], float] | None = None
     v_table: tuple[ValueTable, ...] = ()
+    normalizer: Literal["softmax", "sigmoid"] = "softmax"
+    sigmoid_bias: float = 0.0
+    pages: NDArray[np.int64] | None = None
+    k_scale: Any = None
+    v_scale: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -144,11 +153,14 @@ class Recurrent:
 
 Plan = Score | Mix | Merge | Recurrent
 
-_REAL_LEAVES = {Score: ("q", "k", "v", "sink"), Recurrent: ("q", "k", "v", "memory", "weight", "transition")}
+_REAL_LEAVES = {
+    Score: ("q", "k", "v", "sink", "k_scale", "v_scale"),
+    Recurrent: ("q", "k", "v", "memory", "weight", "transition"),
+}
 
 
 def leaves(plan: Plan) -> dict[str, Any]:
-    """The real-valued arrays of a plan by name: q, k, v, sink, bias.0, bias.1, ..., relative.0.rows, ..., v_table.0.
+    """The numbers of a plan by name: q, k, v, sink, k_scale, v_scale, bias.0, ..., relative.0.rows, ..., v_table.0.
 
     Of a Mix or Merge: those of part n under n.q, n.k, ..., and weight.0, weight.1, ...
     """
@@ -177,7 +189,7 @@ def map_leaves(plan: Merge | Recurrent, change: Callable[[Any], Any]) -> Merge |
 
 
 def map_leaves(plan: Plan, change: Callable[[Any], Any]) -> Plan:
-    """The same plan with every real-valued array replaced by change(array)."""
+    """The same plan with every array of numbers that `leaves` names replaced by change(array)."""
     if isinstance(plan, Mix):
         parts = tuple(map_leaves(part, change) for part in plan.parts)
         return replace(plan, parts=parts, weights=tuple(change(weight) for weight in plan.weights))
@@ -202,7 +214,7 @@ def _values(bias: Bias) -> Any:
 
 
 def execute(plan: Plan) -> dict[str, Floats]:
-    """Out (B,Hq,Lq,Dv) and, but for a Mix and a Recurrent, lse (B,Hq,Lq) of a plan in float64, row by row."""
+    """Out (B,Hq,Lq,Dv) and, of a Merge and of a softmax, lse (B,Hq,Lq) of a plan in float64, row by row."""
     if isinstance(plan, Mix):
         outs = [weight * execute(part)["out"] for part, weight in zip(plan.parts, plan.weights, strict=True)]
         return {"out": np.sum(outs, axis=0)}
@@ -216,7 +228,9 @@ def execute(plan: Plan) -> dict[str, Floats]:
     for b, h, i in np.ndindex(batch, heads, lq):
         g = h // (heads // groups)
         seen = np.flatnonzero(sees(plan, b, h, i))
-        s = plan.scale * (_or_nan(plan.k[b, g, seen]) @ _or_nan(plan.q[b, h, i]))
+        s = plan.scale * (_or_nan(_kept(plan, plan.k, b, g, seen)) @ _or_nan(plan.q[b, h, i]))
+        if plan.k_scale is not None:
+            s = s * _or_nan(_kept(plan, plan.k_scale, b, g, seen))
         for r in plan.relative:
             rows = r.rows[b, h, i] if r.side == "q" else r.rows[b, g, seen]
             s = s + (_or_nan(rows) * _row(r, plan, b, h, i)[seen]).sum(-1)
@@ -228,12 +242,15 @@ def execute(plan: Plan) -> dict[str, Floats]:
         sink = -np.inf if plan.sink is None else plan.sink[h]
         lse[b, h, i] = np.logaddexp.reduce(s, initial=sink)
         if seen.size:
-            weight = np.exp(s - lse[b, h, i]) / (1.0 if plan.keep is None else plan.keep[1])
+            each = lse[b, h, i] if plan.normalizer == "softmax" else np.logaddexp(s, -plan.sigmoid_bias)
+            weight = np.exp(s - each) / (1.0 if plan.keep is None else plan.keep[1])
             if plan.keep is not None:
-                weight = weight * _entry(plan.keep[0], b, h, i, plan.k.shape[2])[seen]
-            values = sum((_row(table, plan, b, h, i)[seen] for table in plan.v_table), _or_nan(plan.v[b, g, seen]))
-            out[b, h, i] = weight @ values
-    return {"out": out, "lse": lse}
+                weight = weight * _entry(plan.keep[0], b, h, i, keys(plan))[seen]
+            values = _or_nan(_kept(plan, plan.v, b, g, seen))
+            if plan.v_scale is not None:
+                values = values * _or_nan(_kept(plan, plan.v_scale, b, g, seen))[:, None]
+            out[b, h, i] = weight @ sum((_row(table, plan, b, h, i)[seen] for table in plan.v_table), values)
+    return {"out": out, "lse": lse} if plan.normalizer == "softmax" else {"out": out}
 
 
 def _merged(parts: list[dict[str, Floats]]) -> dict[str, Floats]:
@@ -276,9 +293,22 @@ def _or_nan(array: Floats) -> Floats:
     return np.where(np.isfinite(array), array, np.nan)
 
 
+def keys(plan: Score) -> int:
+    """Lk: the places for keys that each sequence has."""
+    return int(plan.k.shape[2] * (1 if plan.pages is None else plan.pages.shape[1]))
+
+
+def _kept(plan: Score, kept: NDArray[Any], b: int, g: int, seen: NDArray[np.intp]) -> NDArray[Any]:
+    """Of an array that is kept as k is, what belongs to these keys of key head g in sequence b."""
+    if plan.pages is None:
+        return np.asarray(kept[b, g, seen])
+    block, slot = np.divmod(seen, kept.shape[2])
+    return np.asarray(kept[plan.pages[b, block], g, slot])
+
+
 def sees(plan: Score, b: int, h: int, i: int) -> NDArray[np.bool_]:
     """Which of the Lk keys row i of head h in batch b may attend to."""
-    lk = plan.k.shape[2]
+    lk = keys(plan)
     r = relative(plan, b, i)
     live = np.ones(lk, bool)
     if plan.causal:
@@ -313,7 +343,7 @@ def row_of(bias: Bias, plan: Score, b: int, h: int, i: int) -> Floats:
         return np.asarray(-bias.slopes[h] * np.abs(relative(plan, b, i)))
     if isinstance(bias, Table):
         return np.asarray(bias.values[h][relative(plan, b, i) + bias.offset])
-    return _entry(bias.values, b, h, i, plan.k.shape[2])
+    return _entry(bias.values, b, h, i, keys(plan))
 
 
 def _row(table: Relative | ValueTable, plan: Score, b: int, h: int, i: int) -> Floats:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from refattn import unread
 from refattn.errors import DTypeError, ShapeError, Unsupported
 from refattn.numeric import real
 from refattn.plan import Plan, Score
-from refattn.spec import Array, Outputs, Spec, describe
+from refattn.spec import Array, Outputs, Spec, describe, extent
 from refattn.tape import Tape
 
 
@@ -75,7 +76,8 @@ class Problem:
 
     def real_inputs(self) -> dict[str, NDArray[Any]]:
         """The inputs that have gradients."""
-        return {name: a for name, a in self.inputs.items() if self.signature[name].kind == "real"}
+        signature = self.signature
+        return {name: a for name, a in self.inputs.items() if signature[name].kind == "real"}
 
     def lift(self, convert: Any) -> dict[str, Any]:
         """Inputs with the real ones, as float64, passed through `convert`; integers and booleans as they are."""
@@ -137,6 +139,11 @@ class Problem:
     def plan(self) -> Plan:
         """The lowered problem, in float64."""
         return self.lowered(self.lift(np.asanyarray))
+
+    @cached_property
+    def outline(self) -> Score | None:
+        """The plan without the numbers of q, k and v, as `refattn.unread` makes it; None where it cannot be had."""
+        return unread.outline(self)
 
     def lowered(self, x: Mapping[str, Any]) -> Plan:
         """The plan of lifted inputs.
@@ -211,9 +218,28 @@ def check(signature: Mapping[str, Array], inputs: Mapping[str, NDArray[Any]]) ->
     DTypeError
         An array's kind is not the signature's.
     """
-    shapes = ", ".join(f"{name} {tuple(a.shape)}" for name, a in inputs.items())
+    sizes = fit(signature, inputs)
+    within(signature, inputs, sizes)
+    return sizes
+
+
+class Shaped(NamedTuple):
+    """What `fit` asks of an array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+
+def fit(signature: Mapping[str, Array], inputs: Mapping[str, Any]) -> dict[str, int]:
+    """The part of `check` that does not read the arrays' values."""
 
     def wrong(what: str) -> str:
+        shapes = ", ".join(f"{name} {tuple(a.shape)}" for name, a in inputs.items())
         return f"{what}\ngiven: {shapes or 'nothing'}\nexpected:\n{describe(signature)}"
 
     unknown = next((name for name in inputs if name not in signature), None)
@@ -233,14 +259,20 @@ def check(signature: Mapping[str, Array], inputs: Mapping[str, NDArray[Any]]) ->
         if given.ndim != len(dims):
             raise ShapeError(wrong(f"{name} has {given.ndim} dimensions, not {len(dims)}"))
         for dim, size in zip(dims, given.shape, strict=True):
-            expected = int(dim) if dim.isdigit() else sizes.setdefault(dim, size)
+            expected = sizes.setdefault(dim, size) if dim.isidentifier() else extent(dim, sizes)
             if expected != size:
                 raise ShapeError(wrong(_disagreement(name, dim, size, expected)))
     for name, given in inputs.items():
         if signature[name].broadcast and not _broadcasts(given.shape, signature[name].shape(sizes)):
             raise ShapeError(wrong(f"{name} {given.shape} does not broadcast to its dimensions"))
-        _check_domain(name, signature[name].domain, given, sizes)
     return sizes
+
+
+def within(signature: Mapping[str, Array], inputs: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]) -> None:
+    """The part of `check` that reads the arrays' values: each lies in its domain."""
+    for name, given in inputs.items():
+        if signature[name].domain != "any":
+            _check_domain(name, signature[name].domain, given, sizes)
 
 
 def is_kind(dtype: np.dtype[Any], kind: str) -> bool:
@@ -262,13 +294,15 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
 
 def _check_domain(name: str, domain: str, given: NDArray[Any], sizes: Mapping[str, int]) -> None:
     kind, _, dim = domain.partition(":")
+    if kind == "int8" and given.dtype != np.int8:
+        raise DTypeError(f"{name} is {given.dtype}, where int8 is expected")
     if kind == "positive" and not all(0 < number < np.inf for number in given.astype(np.float64).flat):
         raise ShapeError(f"{name} must hold finite numbers above 0; given: {given.tolist()}")
     if kind == "positions" and given.size and max(-int(given.min()), int(given.max())) > _FARTHEST:
         raise ShapeError(f"{name} must lie between -2^52 and 2^52; given: {given.min()} to {given.max()}")
     if kind == "indices":
-        limit = int(dim) if dim.isdigit() else sizes[dim]
+        limit = extent(dim, sizes)
         if given.size and (given.min() < 0 or given.max() >= limit):
             raise ShapeError(f"{name} must lie between 0 and {dim} - 1 = {limit - 1}; given: {given.tolist()}")
-    if kind == "lengths" and given.size and (given.min() < 0 or given.max() > sizes[dim]):
-        raise ShapeError(f"{name} must lie between 0 and {dim} = {sizes[dim]}; given: {given.tolist()}")
+    if kind == "lengths" and given.size and (given.min() < 0 or given.max() > extent(dim, sizes)):
+        raise ShapeError(f"{name} must lie between 0 and {dim} = {extent(dim, sizes)}; given: {given.tolist()}")

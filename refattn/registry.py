@@ -12,7 +12,6 @@ import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
@@ -99,6 +98,9 @@ class Info:
 @cache
 def _locations() -> dict[str, str]:
     """Name to module path, of every variant and term that can be imported."""
+    # Imported here, for it takes a third as long as all of refattn.
+    from importlib.metadata import entry_points
+
     own = {m.name: f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_"}
     return own | {entry.name: entry.value for entry in entry_points(group="refattn.variants")}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -29,10 +30,19 @@ class Spec:
         return type(self).__module__.rpartition(".")[2]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able mapping; fields that hold None or an empty tuple, their default, are left out."""
-        given = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
-        kept = {n: value for n, (value, default) in given.items() if value not in (None, ()) or value != default}
+        """JSON-able mapping; left out is a default that is None or an empty tuple, or is that of an `added` field."""
+        given = {f.name: (getattr(self, f.name), f) for f in fields(self)}
+        kept = {n: value for n, (value, f) in given.items() if value != f.default or not _silent(value, f)}
         return {"variant": self.variant} | {name: _encode(value) for name, value in kept.items()}
+
+
+def added(default: Any) -> Any:
+    """A field that golden files are older than: JSON leaves its default out, so that theirs stay as they are."""
+    return field(default=default, metadata={"added": True})
+
+
+def _silent(value: Any, own: Any) -> bool:
+    return value in (None, ()) or "added" in own.metadata
 
 
 def dyadic(name: str, value: Any) -> float:
@@ -110,9 +120,11 @@ def _decode(value: Any, find: Callable[[str], type[Spec]]) -> Any:
 class Array:
     """One array of a signature: dimensions by name, or a number where the spec fixes the size; kind and role.
 
+    A dimension such as M*S has the product of two sizes.
+
     `domain` narrows the values: "any", "positive" (and finite), "positions" (any integers), "lengths:<dim>" (0 to that
-    size), "indices:<dim>" (0 to one less, the dim a name or a number), "segments" (any integers). A `broadcast` array
-    may lack leading dimensions or have size 1 in any.
+    size), "indices:<dim>" (0 to one less, the dim a name or a number), "segments" (any integers), "int8" (of no other
+    type). A `broadcast` array may lack leading dimensions or have size 1 in any.
     """
 
     dims: str
@@ -123,17 +135,27 @@ class Array:
     broadcast: bool = False
 
     @property
+    def integers(self) -> type[np.signedinteger[Any]]:
+        """The type of integers that stand in for it where none are given."""
+        return np.int8 if self.domain == "int8" else np.int64
+
+    @property
     def names(self) -> list[str]:
         """Dimensions whose size the arrays tell."""
-        return [dim for dim in self.dims.split() if not dim.isdigit()]
+        return [dim for dim in self.dims.replace("*", " ").split() if not dim.isdigit()]
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its shape where the named dimensions have these sizes."""
-        return tuple(int(dim) if dim.isdigit() else sizes[dim] for dim in self.dims.split())
+        return tuple(extent(dim, sizes) for dim in self.dims.split())
 
     def __str__(self) -> str:
         notes = [self.kind] + ["optional"] * self.optional + ["broadcastable"] * self.broadcast
         return f"({', '.join(self.dims.split())}) {' '.join(notes)}"
+
+
+def extent(dim: str, sizes: Mapping[str, int]) -> int:
+    """Size of a dimension: a number, a name, or a product of these."""
+    return prod(int(part) if part.isdigit() else sizes[part] for part in dim.split("*"))
 
 
 def describe(signature: Mapping[str, Array]) -> str:

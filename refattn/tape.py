@@ -220,7 +220,11 @@ class Tape:
             order = [axis] + [i for i in range(x.ndim) if i != axis]
             rest = tuple(x.shape[i] for i in order[1:])
             flat = numeric.reshape(numeric.transpose(g, order), (hits.shape[1], int(np.prod(rest))))
-            summed = numeric.einsum("ni,id->nd", numeric.real(hits, g), flat)
+            number = numeric.finite(flat)
+            summed = numeric.einsum("ni,id->nd", numeric.real(hits, g), numeric.where(number, flat, 0))
+            if not number.all():
+                # 0 · NaN is NaN, but what is no number goes to the entry that was read and to no other.
+                summed = numeric.where(hits @ ~number > 0, numeric.real(np.nan, g), summed)
             return numeric.transpose(numeric.reshape(summed, (x.shape[axis], *rest)), np.argsort(order).tolist())
 
         return self._node(numeric.take(x.value, indices, axis), (x, back))

@@ -9,16 +9,30 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import ml_dtypes
 import numba
 import numpy as np
 import pytest
 from checks import same
 
 import refattn as ra
-from refattn import api
+from refattn import api, unread
 from refattn.bound import BoundSpace
 from refattn.engines import cpu
-from refattn.engines.cpu import _jit, fast, forward, logits, pool, tiles, unread, vectors, work
+from refattn.engines.cpu import (
+    _jit,
+    bounds,
+    fast,
+    forward,
+    logits,
+    pool,
+    sight,
+    skipping,
+    storage,
+    tiles,
+    vectors,
+    work,
+)
 from refattn.engines.cpu.vectors import Lanes, inline
 from refattn.profiles import FLOAT32
 
@@ -245,18 +259,20 @@ def test_an_edited_file_is_another_stamp(tmp_path):
     assert len({_jit.stamp(a), _jit.stamp(b), _jit.stamp(a, b), _jit.stamp()}) == 4
     assert _jit.stamp(a) == _jit.stamp(a)
     kernel = forward.kernel(forward.shape_for(1, 1))
-    assert _jit.stamp(logits, tiles, vectors, work) in {cell.cell_contents for cell in kernel.py_func.__closure__}
+    read = _jit.stamp(bounds, logits, sight, skipping, tiles, vectors, work)
+    assert read in {cell.cell_contents for cell in kernel.py_func.__closure__}
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
-def test_finite_finds_one_number_among_many(bad, rng):
-    numbers = rng.standard_normal(1000).astype(np.float32)
-    numbers[500] = -np.finfo(np.float32).max
-    assert work.finite(numbers)
+def test_finite_finds_one_number_among_many(bad, dtype, rng):
+    numbers = rng.standard_normal(1000).astype(dtype)
+    numbers[500] = -ml_dtypes.finfo(dtype).max
+    assert storage.finite(numbers)
     for place in (0, 501, 999):
         changed = numbers.copy()
         changed[place] = bad
-        assert not work.finite(changed)
+        assert not storage.finite(changed)
 
 
 def test_q_k_and_v_enter_the_plan_as_they_are(rng):
@@ -283,3 +299,77 @@ def test_a_lowering_that_reads_q_k_or_v_is_given_numbers(lower, rng):
     assert unread.plan(replace(problem, variant=problem.variant)) is not None
     changed = SimpleNamespace(**{n: getattr(problem, n) for n in ("spec", "inputs", "real_inputs")}, variant=own)
     assert unread.plan(changed) is None
+
+
+HALVES = [np.float16, ml_dtypes.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_16_bit_number_is_widened(dtype):
+    numbers = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    finite = np.isfinite(numbers.astype(np.float32))
+    same(storage.widened(numbers)[finite], numbers.astype(np.float32)[finite])
+    same(storage.widened(numbers[:7]), numbers[:7].astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_numbers_are_rounded_to_nearest_and_ties_to_even(dtype, rng):
+    """At 16-bit numbers, half way between two of them, and one float32 to either side."""
+    steps = np.arange(1 << 16, dtype=np.uint32)
+    if dtype == ml_dtypes.bfloat16:
+        near = ((steps[:, None] << 16) + np.array([0, 1, 0x7FFF, 0x8000, 0x8001], np.uint32)).view(np.float32).ravel()
+    else:
+        held = steps.astype(np.uint16).view(dtype).astype(np.float64)
+        held = np.sort(held[np.isfinite(held)])
+        middle = ((held[1:] + held[:-1]) / 2).astype(np.float32)
+        near = np.concatenate([middle, np.nextafter(middle, np.float32(9e9)), np.nextafter(middle, np.float32(-9e9))])
+        near = np.concatenate([near, np.array([65519.0, 65520.0, 1e30, -65520.0], np.float32)])
+    near = near[np.isfinite(near)]
+    with np.errstate(over="ignore"):
+        same(storage.narrowed(near, np.dtype(dtype)), near.astype(dtype))
+    same(storage.narrowed(near[:9], np.dtype(dtype)), near[:9].astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("lq", "lk", "depth", "width"), [(1, 65, 8, 8), (70, 130, 17, 9), (130, 129, 64, 33)])
+def test_keys_and_values_of_16_bits_are_read_as_they_are(dtype, lq, lk, depth, width, rng):
+    """The same bits as from float32 arrays of the same numbers, and out rounded once."""
+    short = {n: a.astype(dtype) for n, a in qkv(rng, 2, 4, 2, lq, lk, depth, width).items()}
+    long = {n: a.astype(np.float32) for n, a in short.items()}
+    for spec in (ra.SDPA(), ra.SDPA(causal="bottom_right", softcap=2.0), ra.SDPA(causal="top_left", bias=ra.ALiBi())):
+        plan = api.build(spec, short, None, WANT).score
+        found = fast.run(plan, long["q"], short["k"], short["v"])
+        for a, b in zip(found, fast.run(plan, long["q"], long["k"], long["v"]), strict=True):
+            same(a, b)
+        out = ra.evaluate(spec, short, engine="cpu")["out"]
+        same(out, ra.evaluate(spec, short, engine="cpu", dtype="float32")["out"].astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_16_bit_number_that_is_not_finite_reaches_its_rows_and_no_others(dtype, name, rng):
+    inputs = {n: a.astype(dtype) for n, a in qkv(rng, 1, 2, 2, 70, 70, 8, 8).items()}
+    spec = ra.SDPA(causal="top_left")
+    clean = ra.evaluate(spec, inputs, engine="cpu")["out"]
+    inputs[name][0, 1, 66, 3] = np.inf
+    found = ra.evaluate(spec, inputs, engine="cpu")["out"]
+    assert found.dtype == dtype
+    reached = np.isnan(found.astype(np.float32)).any(-1)[0]
+    assert reached[1].sum() == (1 if name == "q" else 4)
+    same(found[0][~reached], clean[0][~reached])
+
+
+def test_a_mask_of_blocks_is_skipped_or_left_out_where_it_says_nothing(rng):
+    """Tiles of which all, some and no pair may be seen, and NaN in the keys that nobody sees."""
+    inputs = qkv(rng, 2, 4, 2, 200, 330, 16, 8)
+    mask = np.zeros((2, 1, 200, 330), bool)
+    mask[0, :, :, :64], mask[0, :, :130, 128:192], mask[0, :, 70, 200] = True, True, True
+    mask[1, :, :, 128:], mask[1, :, 3, 128:140] = True, False
+    for n in "kv":
+        inputs[n][0, :, 64:128], inputs[n][1, :, :128] = np.nan, np.inf
+    clean = {n: np.nan_to_num(a, nan=0.0, posinf=0.0) for n, a in inputs.items()}
+    for given, causal in ((clean, False), (clean, "top_left"), (inputs, False)):
+        within(ra.SDPA(causal=causal), given | {"mask": mask}, alone=given is clean and not causal)
+    for axes in (np.s_[:1, :, :, :], np.s_[:, :, :1, :]):
+        within(ra.SDPA(), clean | {"mask": mask[axes]})
+    within(ra.SDPA(), clean | {"mask": mask[:, :, :, 200:201]}, alone=False)

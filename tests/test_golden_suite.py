@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, replace
@@ -82,7 +83,7 @@ def test_every_option_of_sdpa_and_alibi_occurs_alone_or_together() -> None:
         "causal_top_left", "causal_bottom_right", "window", "softcap", "mask", "bias", "sink", "segments", "padding",
         "zero_length", "positions", "keep_mask", "scale", "gqa", "mqa", "lse_cotangent", "alibi", "alibi_both_sides",
         "alibi_half", "alibi_two_sided", "learned_slopes", "explicit_slopes", "geometric_slopes",
-        "heads_not_power_of_two",
+        "heads_not_power_of_two", "sigmoid", "int8_kv", "paged",
     )  # fmt: skip
     assert [name for name in options if not used[name]] == []
     heads = {case.sizes["Hq"] for case in CASES if "alibi" in case.flags}
@@ -164,15 +165,19 @@ def null_outputs(case: Golden) -> Nulls:
     if {"q", "k", "v"} <= set(arrays):
         v = arrays["v"].astype(np.float64)
         v = np.repeat(np.where(np.isfinite(v), v, 0.0), out.shape[1] // v.shape[1], axis=1)
-        nulls["mean_of_values"] = np.broadcast_to(v.mean(axis=2, keepdims=True), out.shape)
+        mean = v.mean(axis=2, keepdims=True)
+        # The values of all blocks, whoever reads them.
+        mean = mean.mean(axis=0, keepdims=True) if "block_table" in arrays else mean
+        nulls["mean_of_values"] = np.broadcast_to(mean, out.shape)
         nulls["keys_off_by_one"] = shifted_keys(case)
     return nulls
 
 
 def shifted_keys(case: Golden) -> np.ndarray:
-    """Result where key j − 1 is read for key j."""
+    """Result where key j − 1 is read for key j, or block n − 1 for block n."""
     arrays = case.inputs()
-    return reference(case.case(), arrays | {"k": np.roll(arrays["k"], 1, axis=2)})["out"]
+    axis = 0 if "block_table" in arrays else 2
+    return reference(case.case(), arrays | {"k": np.roll(arrays["k"], 1, axis=axis)})["out"]
 
 
 def reference(case: Case, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -225,11 +230,13 @@ Mistake = tuple[str, dict[str, Any], dict[str, Any]]
 def mistakes(case: Case) -> Iterator[Mistake]:
     """What a backend may get wrong of the options that this case sets: label, arrays, changed fields of the spec."""
     spec, arrays = registry.whole(case.spec)[0], recipes.inputs(case)
-    yield from ((f"without {name}", without(arrays, name), {}) for name in DROPPED if name in arrays)
+    optional = [name for name in DROPPED if name in arrays and not ("block_table" in arrays and name == "kv_lengths")]
+    yield from ((f"without {name}", without(arrays, name), {}) for name in optional)
     if "keep" in arrays:
         yield "without the keep-mask", without(arrays, "keep"), {"keep_probability": None}
     if spec.variant == "sdpa":
         yield from mistakes_of_sdpa(case, spec, arrays)
+        yield from mistakes_of_newer_options(case, spec, arrays)
     else:
         yield from defaults_instead(case, spec, arrays)
     if spec.variant == "axial":
@@ -282,7 +289,7 @@ def mistakes_of_sdpa(case: Case, spec: Any, arrays: dict[str, Any]) -> Iterator[
         last_row_only = case.sizes["Lq"] == 1 and spec.causal == "bottom_right"
         if not last_row_only and (spec.window is None or spec.window[1] != 0):
             yield "not causal", arrays, {"causal": False}
-        if case.sizes["Lq"] != case.sizes["Lk"] and "q_positions" not in arrays:
+        if case.sizes["Lq"] != case.sizes.get("Lk") and "q_positions" not in arrays:
             yield "other alignment", arrays, {"causal": ALIGNMENTS[spec.causal]}
     if spec.window:
         yield "no window", arrays, {"window": None}
@@ -302,6 +309,31 @@ def mistakes_of_sdpa(case: Case, spec: Any, arrays: dict[str, Any]) -> Iterator[
         for term in spec.bias:
             if term.variant == "alibi_interpolation" and longest(case) > term.train_length:
                 yield "slopes as trained", arrays, {"bias": (registry.spec("alibi", slopes=term.slopes),)}
+
+
+def mistakes_of_newer_options(case: Case, spec: Any, arrays: dict[str, Any]) -> Iterator[Mistake]:
+    if spec.normalizer == "sigmoid":
+        own = -math.log(case.sizes["Lk"]) if spec.sigmoid_bias == "keys" else spec.sigmoid_bias
+        yield "softmax", arrays, {"normalizer": "softmax", "sigmoid_bias": None}
+        yield "sigmoid bias 2 % off", arrays, {"sigmoid_bias": 1.02 * own}
+        yield "no sigmoid bias", arrays, {"sigmoid_bias": 0.0}
+    if spec.paged:
+        table = np.clip(arrays["block_table"], 0, case.sizes["N"] - 1)
+        in_order = np.arange(table.size).reshape(table.shape) % case.sizes["N"]
+        wrong = {"blocks in their order": in_order, "blocks from the last on": table[:, ::-1]}
+        if len(table) > 1:
+            wrong["the first sequence's blocks"] = np.repeat(table[:1], len(table), 0)
+        yield from ((label, arrays | {"block_table": other}, {}) for label, other in wrong.items())
+        full = np.full(len(table), table.shape[1] * case.sizes["S"])
+        if (arrays["kv_lengths"] < full).any():
+            yield "lengths of whole tables", arrays | {"block_table": table, "kv_lengths": full}, {}
+    if spec.kv == "int8":
+        for name in ("k_scale", "v_scale"):
+            given = arrays[name]
+            yield f"no {name}", arrays | {name: np.ones_like(given)}, {}
+            for axis in range(given.ndim):
+                if given.shape[axis] > 1:
+                    yield f"the first {name} of axis {axis}", arrays | {name: np.take(given, [0], axis)}, {}
 
 
 DROPPED = ("mask", "bias", "sink", "q_lengths", "kv_lengths", "q_segment_ids", "q_positions", "k_positions")

@@ -114,7 +114,7 @@ def test_a_third_party_adds_a_variant_by_an_entry_point(monkeypatch):
     class Entry:
         name, value = "doubled", module.__name__
 
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Entry] if group == "refattn.variants" else [])
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [Entry] if group == "refattn.variants" else [])
     registry._locations.cache_clear()
     try:
         spec = ra.spec("doubled", times=3)

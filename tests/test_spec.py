@@ -26,7 +26,10 @@ specs = terms | st.builds(
     softcap=st.none() | st.floats(2.0**-1074, 1e300),
     bias=st.lists(terms, max_size=2).map(tuple),
     keep_probability=st.none() | st.floats(2.0**-1074, 1),
+    kv=st.sampled_from([None, "int8"]),
+    paged=st.booleans(),
 )
+specs |= st.builds(ra.SDPA, normalizer=st.just("sigmoid"), sigmoid_bias=st.just("keys") | reals)
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
@@ -143,3 +146,10 @@ def test_outputs_without_arrays():
     assert repr(Outputs({})) == "Outputs()"
     with pytest.raises(AttributeError, match="there are: none"):
         _ = Outputs({}).out
+
+
+def test_a_dimension_may_be_the_product_of_two_sizes():
+    array = Array("B 3 M*S", broadcast=True)
+    assert array.names == ["B", "M", "S"]
+    assert array.shape({"B": 2, "M": 5, "S": 4}) == (2, 3, 20)
+    assert str(array) == "(B, 3, M*S) real broadcastable"

@@ -16,8 +16,8 @@ from refattn.errors import SpecError
 from refattn.problem import state_arrays
 from refattn.spec import Array
 
-# Arrays that stand for a score or a weight are handed to a backend in float32 whatever the case's storage type.
-FLOAT32_INPUTS = ("sink", "slopes", "slopes_right")
+# Scores, weights and scales of integers are handed to a backend in float32 whatever the case's storage type.
+FLOAT32_INPUTS = ("sink", "slopes", "slopes_right", "k_scale", "v_scale")
 
 
 def inputs(case: Case) -> dict[str, NDArray[Any]]:
@@ -60,7 +60,13 @@ def array_of(case: Case, name: str, array: Array, recipe: Recipe) -> NDArray[Any
     """One array of a case from its recipe."""
     shape = recipe.shape or array.shape(case.sizes)
     dtype = "float32" if name in FLOAT32_INPUTS else case.dtype
-    return materialise(recipe, shape, array.kind, dtype, seed=case.seed, case=case.name, tensor=name)
+    made = materialise(recipe, shape, array.kind, dtype, seed=case.seed, case=case.name, tensor=name)
+    if array.kind != "int":
+        return made
+    whole = made.astype(array.integers)
+    if not np.array_equal(whole, made):
+        raise SpecError(f"recipe of {name!r} in case {case.name!r} makes integers that {whole.dtype} cannot hold")
+    return whole
 
 
 def materialise(

@@ -74,12 +74,19 @@ def cpu(q: Any, k: Any, v: Any, *, dout: Any = None, dlse: Any = None, **options
     return _engine("cpu", {"q": q, "k": k, "v": v} | options, {"out": dout, "lse": dlse})
 
 
+_OPTIONS = ("causal", "window", "scale", "softcap", "normalizer", "sigmoid_bias")
+
+
 def _engine(engine: str, given: dict[str, Any], duals: dict[str, Any]) -> dict[str, Any]:
-    options: dict[str, Any] = {n: given.pop(n) for n in ("causal", "window", "scale", "softcap") if n in given}
+    options: dict[str, Any] = {n: given.pop(n) for n in _OPTIONS if n in given}
     if "segment_ids" in given:
         given["q_segment_ids"], given["k_segment_ids"] = given.pop("segment_ids")
     if "keep" in given:
         given["keep"], options["keep_probability"] = given.pop("keep")
+    if "block_table" in given:
+        options["paged"] = True
+    if "k_scale" in given:
+        options["kv"] = "int8"
     if "alibi_slopes" in given:
         given["slopes"] = given.pop("alibi_slopes")
         options["bias"] = (registry.spec("alibi", slopes="learned"),)
@@ -88,7 +95,8 @@ def _engine(engine: str, given: dict[str, Any], duals: dict[str, Any]) -> dict[s
     if "content" in given:
         options["content"] = tuple(registry.spec(**_named(term)) for term in given.pop("content"))
     spec = registry.spec("sdpa", **options)
-    results = dict(api.evaluate(spec, given, engine=engine, want=("out", "lse")))
+    want = tuple(registry.info("sdpa").module.outputs(spec))
+    results = dict(api.evaluate(spec, given, engine=engine, want=want))
     duals = {name: dual for name, dual in duals.items() if dual is not None}
     if duals:
         results |= api.vjp(spec, given, duals, engine=engine)

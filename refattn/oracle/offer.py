@@ -18,7 +18,12 @@ from refattn.golden.load import Golden
 from refattn.plan import Bias, Dense, Score, Slope
 from refattn.spec import Spec
 
-_PASSED_AS_THEY_ARE = ("mask", "sink", "q_lengths", "kv_lengths", "q_positions", "k_positions")
+_PASSED_AS_THEY_ARE = (
+    "mask", "sink", "q_lengths", "kv_lengths", "q_positions", "k_positions", "k_scale", "v_scale",
+    "block_table",
+)  # fmt: skip
+
+_SCALES = ("k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
@@ -87,10 +92,11 @@ def offer(golden: Golden, takes: Declared) -> Offer:
     if spec.variant != "sdpa":
         return _offer_by_name(golden, arrays, takes)
     arguments: dict[str, Any] = {name: arrays[name] for name in ("q", "k", "v")}
-    leaves = {name: name for name in arguments}
-    for name in ("causal", "window", "softcap"):
-        if getattr(spec, name) not in (None, False, (None, None)):
-            arguments[name] = getattr(spec, name)
+    leaves = {name: name for name in (*arguments, *_SCALES) if name in arrays and arrays[name].dtype.kind not in "iu"}
+    for name in ("causal", "window", "softcap", "normalizer", "sigmoid_bias"):
+        given = getattr(spec, name)
+        if given is not False and given not in (None, (None, None), "softmax"):
+            arguments[name] = given
     if spec.scale != sqrt_reciprocal(golden.sizes["D"]):
         arguments["scale"] = spec.scale
     arguments |= {name: arrays[name] for name in _PASSED_AS_THEY_ARE if name in arrays}

@@ -41,8 +41,10 @@ def validate(
         it and passed only if the signature declares it (**options declares all): causal "top_left" or "bottom_right";
         window (left, right); scale where it is not D^-1/2; softcap; bias, dense; mask; sink; segment_ids, a pair;
         q_lengths, kv_lengths, q_positions, k_positions; keep (mask, probability); alibi_slopes (Hq,), else a dense
-        bias; rotary, and content, terms as plain data, {"variant": "rope", "pairing": "half", ...}, and their arrays by
-        name. A parameter `dout` (and `dlse`) receives the cotangents, so that gradients can be returned.
+        bias; normalizer "sigmoid" and its sigmoid_bias; int8 k and v with k_scale and v_scale; k and v in blocks
+        with block_table and kv_lengths; rotary, and content, terms as plain data, {"variant": "rope", "pairing":
+        "half", ...}, and their arrays by name. A parameter `dout` (and `dlse`) receives the cotangents, so that
+        gradients can be returned.
         A variant beside SDPA is asked by the names of its own arrays and options, all of which fn must declare.
         Returns out, or a mapping with out, lse, dq, dk, dv, dbias, dsink, ...; NotImplementedError declines a case.
         A string names an adapter such as "torch:sdpa", or "package.module:function".
@@ -106,9 +108,14 @@ def _run(golden: Golden, fn: Callable[..., Any], takes: Declared, kind: str, dia
         return Line(golden.name, "fail", words=f"raised {name}{_one_line(error)}")
     if all(c.verdict == "pass" for c in found):
         return Line(golden.name, "pass", found)
-    if golden.spec.variant == "sdpa":  # what may be wrong with another variant nobody has written down
+    if _of_reals(golden.spec):  # what may be wrong with anything else nobody has written down
         diagnosis.note(golden, results, found)
     return Line(golden.name, "fail", found)
+
+
+def _of_reals(spec: Any) -> bool:
+    """Whether a case is a softmax over keys and values that are real numbers in a row."""
+    return bool(spec.variant == "sdpa" and spec.normalizer == "softmax" and spec.kv is None and not spec.paged)
 
 
 def _with_profile(golden: Golden, profile: str) -> Golden:

@@ -9,20 +9,31 @@ from typing import Any
 
 from refattn.case import Case, Recipe, Rows
 from refattn.variants import (
+    _sdpa_cases_kept,
     _sdpa_cases_long,
     _sdpa_cases_masks,
     _sdpa_cases_numerics,
     _sdpa_cases_places,
     _sdpa_cases_scores,
+    _sdpa_cases_sigmoid,
 )
 from refattn.variants._case_parts import flagged, head_marks, sizes
 from refattn.variants.sdpa import SDPA
 
+_BESIDE: tuple[Any, ...] = (
+    _sdpa_cases_masks,
+    _sdpa_cases_places,
+    _sdpa_cases_scores,
+    _sdpa_cases_sigmoid,
+    _sdpa_cases_kept,
+    _sdpa_cases_numerics,
+    _sdpa_cases_long,
+)
+
 
 def cases() -> Iterator[Case]:
     """Every case, topic by topic, with the flags that its form tells."""
-    beside = (_sdpa_cases_masks, _sdpa_cases_places, _sdpa_cases_scores, _sdpa_cases_numerics, _sdpa_cases_long)
-    for case in flagged(chain(heads(), lengths(), *(topic.cases() for topic in beside))):
+    for case in flagged(chain(heads(), lengths(), *(topic.cases() for topic in _BESIDE))):
         yield replace(case, flags=(*case.flags, *option_flags(case.spec, case.sizes)))
 
 
@@ -32,11 +43,14 @@ def option_flags(spec: Any, sizes: Mapping[str, int]) -> Iterator[str]:
         "causal": bool(spec.causal),
         "causal_top_left": spec.causal == "top_left",
         "causal_bottom_right": spec.causal == "bottom_right",
-        "fully_masked_rows": spec.causal == "bottom_right" and sizes["Lq"] > sizes["Lk"],
+        "fully_masked_rows": spec.causal == "bottom_right" and sizes["Lq"] > sizes.get("Lk", sizes["Lq"]),
         "window": spec.window is not None,
         "softcap": spec.softcap is not None,
         "scale": spec.scale is not None,
         "keep_mask": spec.keep_probability is not None,
+        "sigmoid": spec.normalizer == "sigmoid",
+        "paged": spec.paged,
+        "int8_kv": spec.kv == "int8",
     }
     return (name for name, holds in present.items() if holds)
 

@@ -32,7 +32,7 @@ from refattn.errors import ShapeError, SpecError
 from refattn.numeric import real, reshape, where
 from refattn.plan import Bias, Slope, Table
 from refattn.spec import Array, Spec, dyadic
-from refattn.variants._place import Place
+from refattn.variants._place import Place, reach
 
 Rule = Literal["interleaved", "geometric", "learned"]
 
@@ -114,7 +114,7 @@ def lower_term(spec: ALiBi, x: Mapping[str, Any], at: Place) -> tuple[Bias, ...]
     left, right = _slopes(spec, x)
     if spec.direction == "symmetric":
         return (Slope(slopes=left),)
-    low, high = (int(f(at.j - at.i, initial=0)) for f in (np.min, np.max))
+    low, high = reach(at)
     ahead = np.arange(low, high + 1)
     columns = (at.heads, 1)
     values = where(ahead > 0, -reshape(right, columns), reshape(left, columns)) * real(ahead, left)

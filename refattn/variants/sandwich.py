@@ -33,7 +33,7 @@ from refattn.numeric import concatenate, cos, einsum, exp, log, real, reshape, s
 from refattn.plan import Bias, Table
 from refattn.spec import Array, Spec
 from refattn.variants._frequencies import frequencies
-from refattn.variants._place import Place
+from refattn.variants._place import Place, reach
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ def embedding(spec: Sandwich, positions: Any, like: Any) -> Any:
 def lower_term(spec: Sandwich, x: Mapping[str, Any], at: Place) -> tuple[Bias, ...]:
     """A table of inner products of embeddings: of every n-th position from the lowest difference, and of 0 to 1 − n."""
     q, heads = x["q"], at.heads
-    low, high = (int(f(at.j - at.i, initial=0)) for f in (np.min, np.max))
+    low, high = reach(at)
     count = high - low + 1
     n = math.isqrt(count - 1) + 1
     far, near = np.arange(low, high + 1, n), -np.arange(n)

@@ -5,31 +5,59 @@ r"""Scaled dot-product attention with everything that masks it, biases it or shi
     softcap(s) = c tanh(s / c)
     out[h,i] = Σ_j keep p[h,i,j] v[g,j],     lse[h,i] = log(exp(sink[h]) + Σ_j exp(s[h,i,j]))
 
+normalizer="sigmoid" weighs each key by itself, with no normaliser, so without lse and without a sink:
+
+    p[h,i,j] = 1 / (1 + exp(−s[h,i,j] − b)),     b the sigmoid_bias, such as −ln n where n keys are seen
+
+kv="int8" is given integers for k and v, and what each token's are to be multiplied by, in exact arithmetic:
+
+    k[g,j] = k_scale[g,j] k_int[g,j],   v[g,j] = v_scale[g,j] v_int[g,j],     k_scale, v_scale (B,Hkv,Lk) or broadcast
+
+paged=True is given N blocks of S slots, k (N,Hkv,S,D) and v (N,Hkv,S,Dv), kv_lengths (B,) and block_table (B,M): key j
+of sequence b stands in slot j mod S of block block_table[b, j div S], and Lk is M S; scales likewise, (N,Hkv,S). What
+stands in slots and entries beyond a sequence's length does not matter.
+
 q (B,Hq,Lq,D); k (B,Hkv,Lk,D); v (B,Hkv,Lk,Dv); out (B,Hq,Lq,Dv); lse (B,Hq,Lq), natural. The order of operations is
-fixed: rotation of q and k, their product, content terms, scale, softcap, bias, mask, sink, softmax, keep-mask, values
-(content terms may add to the value that a pair reads). A row that sees nothing gives 0 and lse −∞.
+fixed: rotation of q and k, their product, content terms, scale, softcap, bias, mask, sink, normaliser, keep-mask,
+values (content terms may add to the value that a pair reads). A row that sees nothing gives 0 and lse −∞.
 
 Source: Vaswani et al., arXiv 1706.03762, equation 1; grouped heads: Ainslie et al., arXiv 2305.13245; softcap: Gemma 2,
-arXiv 2408.00118, section 2; sinks: gpt-oss, and Miller's softmax-off-by-one, which is a sink of logit 0.
+arXiv 2408.00118, section 2; sinks: gpt-oss, and Miller's softmax-off-by-one, which is a sink of logit 0; sigmoid:
+Ramapuram et al., arXiv 2409.04431, where b = −ln n.
 
 Differs from: torch's is_causal (top-left only); flash-attention's window_size (the same inclusive pair, −1 for None);
 transformers' sliding_window (a count of keys, self included: window = (n − 1, 0)); ONNX Attention, which scales q and
-k by √scale each.
+k by √scale each; Apple's FlashSigmoid, which finds the sigmoid as (1 + tanh(x/2))/2: the same number, but a weight of
+1/n then has an error of the size of a unit roundoff of 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 
 from refattn.dtypes import sqrt_reciprocal
 from refattn.errors import ShapeError, SpecError
-from refattn.numeric import clean, einsum, finite, minus_infinite, real, reshape, softmax_attend, stored, tanh, where
+from refattn.numeric import (
+    broadcast,
+    clean,
+    einsum,
+    finite,
+    minus_infinite,
+    real,
+    reshape,
+    softmax_attend,
+    stored,
+    tanh,
+    where,
+)
 from refattn.plan import Dense, Score
-from refattn.spec import Array, Spec, dyadic
+from refattn.spec import Array, Spec, added, dyadic
+from refattn.variants import _kept, _sigmoid
 from refattn.variants._place import lengths, per_sequence, place, segments, visible
 
 _ALIGNMENTS = ("top_left", "bottom_right")
@@ -37,12 +65,15 @@ _ALIGNMENTS = ("top_left", "bottom_right")
 
 @dataclass(frozen=True, kw_only=True)
 class SDPA(Spec):
-    """Masked softmax attention.
+    """Masked attention, by softmax or by sigmoid.
 
     causal: False; "top_left" (query i at key position i), "bottom_right" (at i + Lk − Lq), or True, allowed only
     where the two agree. window: (left, right), both inclusive, None unbounded. scale: None is D^-1/2. softcap: the
     cap c > 0. rotary: a term that turns q and k, such as RoPE; content: terms that read them, such as Shaw; bias: terms
-    such as ALiBi. keep_probability: by which kept weights are divided.
+    such as ALiBi. keep_probability: by which kept weights are divided. normalizer: "softmax" or "sigmoid".
+    sigmoid_bias: the b of sigmoid attention, which has no default: a number, or "keys" for −ln Lk in float32, Lk being
+    the size of the arrays, whatever lengths and masks leave of it. kv: None, or "int8" for integers with scales.
+    paged: whether keys and values stand in blocks, which a block_table names for each sequence.
     """
 
     causal: bool | Literal["top_left", "bottom_right"] = False
@@ -53,6 +84,10 @@ class SDPA(Spec):
     content: tuple[Spec, ...] = ()
     bias: tuple[Spec, ...] = ()
     keep_probability: float | None = None
+    normalizer: Literal["softmax", "sigmoid"] = added("softmax")
+    sigmoid_bias: float | Literal["keys"] | None = None
+    kv: Literal["int8"] | None = None
+    paged: bool = added(False)
 
     def __post_init__(self) -> None:
         for name in ("content", "bias"):
@@ -75,6 +110,8 @@ class SDPA(Spec):
             raise SpecError(f"softcap is a positive number or None; given: {self.softcap}")
         if self.keep_probability is not None and not 0 < self.keep_probability <= 1:
             raise SpecError(f"keep_probability lies in (0, 1]; given: {self.keep_probability}")
+        _kept.check(self.kv, self.paged)
+        object.__setattr__(self, "sigmoid_bias", _sigmoid.checked(self.normalizer, self.sigmoid_bias))
 
     @property
     def terms(self) -> tuple[Spec, ...]:
@@ -107,10 +144,8 @@ _ARRAYS = {
 
 
 def signature(spec: SDPA) -> dict[str, Array]:
-    """q, k, v and what the options add."""
-    arrays = dict(_ARRAYS)
-    if spec.keep_probability is not None:
-        arrays["keep"] = Array(_PAIRS, "bool", "choice", broadcast=True)
+    """q, k, v and what the options and the terms add."""
+    arrays = dict(_own_arrays(spec.normalizer == "sigmoid", spec.keep_probability is not None, spec.kv, spec.paged))
     for term in spec.terms:
         own = _module(term).signature(term)
         other = next((name for name in own if arrays.get(name, own[name]) != own[name]), None)
@@ -121,20 +156,30 @@ def signature(spec: SDPA) -> dict[str, Array]:
     return arrays
 
 
+@cache
+def _own_arrays(sigmoid: bool, dropped: bool, kv: str | None, paged: bool) -> dict[str, Array]:
+    """All but those of terms; sigmoid attention has no normaliser for a sink to stand in."""
+    arrays = {name: array for name, array in _ARRAYS.items() if not (sigmoid and name == "sink")}
+    if dropped:
+        arrays["keep"] = Array(_PAIRS, "bool", "choice", broadcast=True)
+    return _kept.signature(arrays, kv, paged)
+
+
 def outputs(spec: SDPA) -> dict[str, Array]:
-    """The mean of the values, and the natural logarithm of the softmax's denominator."""
-    return {"out": Array("B Hq Lq Dv"), "lse": Array("B Hq Lq")}
+    """The weighted sum of the values, and the natural logarithm of the softmax's denominator."""
+    out = {"out": Array("B Hq Lq Dv")}
+    return out if spec.normalizer == "sigmoid" else out | {"lse": Array("B Hq Lq")}
 
 
 def resolve(spec: SDPA, sizes: Mapping[str, int]) -> SDPA:
-    """Scale, slopes and causal alignment as definite values; what contradicts the sizes is refused."""
+    """Scale, slopes, sigmoid bias and alignment as definite values; what contradicts the sizes is refused."""
     if not sizes["Hkv"] or sizes["Hq"] % sizes["Hkv"]:
         raise ShapeError(f"Hq must be a multiple of Hkv; given: Hq={sizes['Hq']}, Hkv={sizes['Hkv']}")
-    causal = spec.causal
+    causal, lk = spec.causal, _keys(sizes)
     if causal is True:
-        if sizes["Lq"] != sizes["Lk"]:
+        if sizes["Lq"] != lk:
             raise SpecError(
-                f"causal=True is ambiguous where Lq={sizes['Lq']} differs from Lk={sizes['Lk']}: say causal='top_left' "
+                f"causal=True is ambiguous where Lq={sizes['Lq']} differs from Lk={lk}: say causal='top_left' "
                 "(query i sees keys 0..i) or causal='bottom_right' (query i sees keys 0..i + Lk − Lq)"
             )
         causal = "bottom_right"
@@ -146,17 +191,19 @@ def resolve(spec: SDPA, sizes: Mapping[str, int]) -> SDPA:
 
     rotary = spec.rotary and definite(spec.rotary)
     content, bias = tuple(map(definite, spec.content)), tuple(map(definite, spec.bias))
-    return replace(spec, causal=causal, scale=scale, rotary=rotary, content=content, bias=bias)
+    own = _sigmoid.minus_log(max(lk, 1)) if spec.sigmoid_bias == "keys" else spec.sigmoid_bias
+    return replace(spec, causal=causal, scale=scale, rotary=rotary, content=content, bias=bias, sigmoid_bias=own)
 
 
 def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
     """What only the arrays together tell."""
+    _kept.check_blocks(x)
     for one, other in (("q_segment_ids", "k_segment_ids"), ("k_segment_ids", "q_segment_ids")):
         if one in x and other not in x:
             raise ShapeError(f"{one} needs {other}: give both")
     for name in ("bias", "sink"):
         if name in x and np.isposinf(np.asarray(x[name], np.float64)).any():
-            raise ShapeError(f"{name} holds +∞, which no softmax can weigh; −∞ masks, a finite number biases")
+            raise ShapeError(f"{name} holds +∞, which is no logit: −∞ masks, a finite number biases")
     for term in spec.terms:
         for name in _module(term).signature(term):
             if not np.isfinite(np.asarray(x[name], np.float64)).all():
@@ -167,6 +214,7 @@ def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
 
 def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, Any]:
     """The formula, in its fixed order."""
+    x = _kept.unpacked(x)
     batch, heads, lq, width = x["q"].shape
     groups, lk = x["k"].shape[1:3]
     at = place(spec.causal, x)
@@ -203,6 +251,9 @@ def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, 
     keep = None
     if spec.keep_probability is not None:
         keep = real(x["keep"].astype(np.int64), s) / real(spec.keep_probability, s)
+    if spec.normalizer == "sigmoid":
+        s = s + real(spec.sigmoid_bias, s)
+        return {"out": _sigmoid.sigmoid_attend(s, live, x["v"], keep=keep, spoiled=spoiled, relative=relative)}
     sink = x.get("sink")
     out, lse = softmax_attend(s, live, x["v"], sink=sink, keep=keep, spoiled=spoiled, relative=relative)
     return {"out": out, "lse": lse}
@@ -211,7 +262,11 @@ def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, 
 def lower(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> Score:
     """The same problem as data: positions, bounds and biases instead of formulas."""
     at = place(spec.causal, x)
+    if spec.rotary is not None or spec.content:
+        # What turns or reads keys needs them as numbers.
+        x = _kept.unpacked(x)
     q, k = x["q"], x["k"]
+    scales = {n: broadcast(x[n], x["k"].shape[:3]) for n in ("k_scale", "v_scale") if n in x}
     if spec.rotary is not None:
         q, k = _module(spec.rotary).lower_rotate(spec.rotary, x, at)
     lowered = [_module(term).lower_content(term, dict(x) | {"q": q, "k": k}, at, spec.scale) for term in spec.content]
@@ -235,6 +290,10 @@ def lower(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> Score:
         segments=segments(x),
         sink=x.get("sink"),
         keep=None if spec.keep_probability is None else (x["keep"], spec.keep_probability),
+        normalizer=spec.normalizer,
+        sigmoid_bias=float(spec.sigmoid_bias or 0.0),
+        pages=None if "block_table" not in x else np.asarray(x["block_table"], np.int64),
+        **scales,
     )
 
 
@@ -259,8 +318,13 @@ def restrict(spec: SDPA, x: Mapping[str, Any], rows: tuple[int, ...]) -> dict[st
 
 def operations(spec: SDPA, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Floating-point operations of the two products, forward, and bytes of one float64 score matrix."""
-    pairs = sizes["B"] * sizes["Hq"] * sizes["Lq"] * sizes["Lk"]
+    pairs = sizes["B"] * sizes["Hq"] * sizes["Lq"] * _keys(sizes)
     return 2 * pairs * (sizes["D"] + sizes["Dv"]), 8 * pairs
+
+
+def _keys(sizes: Mapping[str, int]) -> int:
+    """Lk, which for keys in blocks is M S."""
+    return sizes["Lk"] if "Lk" in sizes else sizes["M"] * sizes["S"]
 
 
 def _offers(term: Any, function: str) -> bool:

@@ -30,7 +30,7 @@ from refattn.errors import SpecError
 from refattn.numeric import broadcast, concatenate, einsum, real, reshape, take
 from refattn.plan import Relative, ValueTable
 from refattn.spec import Array, Spec
-from refattn.variants._place import Place
+from refattn.variants._place import Place, reach
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def lower_content(
     spec: Shaw, x: Mapping[str, Any], at: Place, scale: Any
 ) -> tuple[tuple[Relative, ...], ValueTable | None]:
     """The tables over every difference that occurs, their end rows repeated; the scale goes into that of the keys."""
-    low, high = (int(f(at.j - at.i, initial=0)) for f in (np.min, np.max))
+    low, high = reach(at)
     first, last = max(low, -spec.clip), min(high, spec.clip)
 
     def stretched(table: Any) -> Any:

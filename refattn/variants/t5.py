@@ -36,7 +36,7 @@ from refattn.errors import SpecError
 from refattn.numeric import reshape, take, transpose
 from refattn.plan import Bias, Table
 from refattn.spec import Array, Spec
-from refattn.variants._place import Place
+from refattn.variants._place import Place, reach
 
 Integers = NDArray[np.int64]
 
@@ -112,7 +112,7 @@ def edges(spec: T5) -> Integers:
 
 def lower_term(spec: T5, x: Mapping[str, Any], at: Place) -> tuple[Bias, ...]:
     """A table over every difference that occurs, filled by looking distances up between the buckets' edges."""
-    low, high = (int(f(at.j - at.i, initial=0)) for f in (np.min, np.max))
+    low, high = reach(at)
     ahead = np.arange(low, high + 1)
     far = np.abs(ahead) if spec.bidirectional else np.maximum(-ahead, 0)
     rows = np.searchsorted(edges(spec), far, side="right") - 1

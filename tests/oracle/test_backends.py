@@ -140,4 +140,8 @@ def test_a_correct_implementation_passes_the_committed_suite(fn):
     assert report.ok, repr(report)
     assert len(report.passed) >= 80
     refused = [load(line.case).spec for line in report.unsupported]
-    assert all(spec.variant != "sdpa" or spec.rotary or spec.content for spec in refused)
+    assert all(spec.variant != "sdpa" or spec.content or beyond_a_softmax_of_reals(spec) for spec in refused)
+
+
+def beyond_a_softmax_of_reals(spec):
+    return spec.rotary or spec.normalizer == "sigmoid" or spec.kv or spec.paged

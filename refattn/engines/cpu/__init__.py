@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu import adjoint, fast, score, unread, work
+from refattn import unread
+from refattn.engines.cpu import adjoint, decode, fast, score, skipping
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
+from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
 from refattn.errors import ShapeError, Unsupported
 from refattn.plan import Dense, Score, Slope, Table, leaves, map_leaves
 from refattn.problem import Problem
 from refattn.spec import Outputs
 from refattn.tape import Tape, Variable
+from refattn.unpack import unpacked
 
 name = "cpu"
 
@@ -27,7 +31,7 @@ def refuses(problem: Problem) -> str | None:
     """A sentence for a variant that does not lower to a Score plan, or None."""
     if problem.unplanned is not None:
         return problem.unplanned
-    plan = unread.plan(problem) or problem.plan
+    plan = problem.outline or problem.plan
     if not isinstance(plan, Score):
         return f"the cpu engine runs Score plans, and {problem.spec.variant} lowers to {type(plan).__name__}"
     if plan.relative or plan.v_table:
@@ -38,9 +42,20 @@ def refuses(problem: Problem) -> str | None:
     return None
 
 
+def skips(problem: Problem) -> str | None:
+    """What of the problem is left out because it is proved not to count, or None."""
+    plan = problem.outline or problem.plan
+    return skipping.told(plan) if isinstance(plan, Score) else None
+
+
 def run(problem: Problem) -> Outputs:
-    """Out (B,Hq,Lq,Dv) and lse (B,Hq,Lq), computed in float32 or float64."""
-    return Outputs(_outputs(unread.plan(problem) or problem.score, _kind(problem)))
+    """Out (B,Hq,Lq,Dv) and, of a softmax, lse (B,Hq,Lq), computed in float32 or float64."""
+    plan = problem.outline or problem.score
+    q, k, v = (problem.inputs[n] for n in "qkv") if problem.outline else (plan.q, plan.k, plan.v)
+    found = _outputs(plan, q, k, v, _kind(problem))
+    if problem.dtype.itemsize == 2 and np.isfinite(found["out"]).all():
+        found["out"] = narrowed(found["out"], problem.dtype)
+    return Outputs(found)
 
 
 def vjp(
@@ -48,7 +63,7 @@ def vjp(
 ) -> Outputs:
     """Outputs and gradients d<name>: the kernels give the cotangents of the plan's leaves, the tape carries them on.
 
-    Where `outputs` holds out and lse of this problem, the forward pass is spared.
+    Where `outputs` holds the outputs of this problem, the forward pass is spared.
 
     Raises
     ------
@@ -64,12 +79,13 @@ def vjp(
     inputs = {n: tape.variable(real[n].astype(np.float64, copy=False)) for n in wrt if n not in own}
     # Where q, k and v are the plan's own, their cotangents are the gradients.
     taped: Any = unread.plan(problem, inputs)
-    if taped is None:
+    if taped is None or not (taped.pages is None and taped.k_scale is None and taped.v_scale is None):
         x, own = problem.lift(np.asarray), set()
         inputs = {n: tape.variable(x[n]) for n in wrt}
-        taped = problem.lowered(x | inputs)
+        lowered: Any = problem.lowered(x | inputs)
+        taped = unpacked(lowered)
     plan = map_leaves(taped, lambda leaf: getattr(leaf, "value", leaf))
-    found = _saved(outputs or {}, plan, kind) or _outputs(plan, kind)
+    found = _saved(outputs or {}, plan, kind) or _outputs(plan, plan.q, plan.k, plan.v, kind)
     wanted = {n: leaf for n, leaf in leaves(taped).items() if isinstance(leaf, Variable)}
     gradients = _gradients(plan, kind, found, cotangents, own | set(wanted))
     pairs = [(leaf, gradients[n].astype(np.float64) if leaf.parents else gradients[n]) for n, leaf in wanted.items()]
@@ -81,19 +97,30 @@ def _kind(problem: Problem) -> type[np.floating[Any]]:
     return np.float64 if problem.dtype == np.float64 else np.float32
 
 
-def _outputs(plan: Score, kind: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
-    """Out and lse by the fast kernel where it can, its rows of doubt and all other plans row by row."""
+def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
+    """The outputs by the fast kernel where it can, its rows of doubt and all other plans row by row.
+
+    q, k and v stand in for those of the plan.
+    """
+    if plan.pages is not None or plan.k_scale is not None or plan.v_scale is not None:
+        plan = unpacked(replace(plan, q=q, k=k, v=v))
+        q, k, v = plan.q, plan.k, plan.v
     if kind is np.float64 or not fast.takes(plan):
-        return _forward(prepare(plan, kind))
-    q, k, v = (converted(leaf, kind) for leaf in (plan.q, plan.k, plan.v))
-    q, k = (a if work.finite(a.reshape(-1)) else rows(a) for a in (q, k))
+        return _forward(prepare(replace(plan, q=q, k=k, v=v), kind))
+    given, q, few = {"q": q, "k": k, "v": v}, widened(q), decode.suits(q.shape[1], k.shape[1], q.shape[2])
+    if k.dtype != v.dtype or storage_of(k) is None or not (few or finite(k)):
+        k, v = widened(k), widened(v)
+    q, k, v = (converted(leaf, leaf.dtype) for leaf in (q, k, v))
+    if not few:
+        q, k = (a if finite(a) else rows(a) for a in (q, k))
     out, lse, redo = fast.run(plan, q, k, v)
     if redo.any():
-        again, finite = prepare(plan, kind), np.isfinite(v)
-        bad = np.argwhere(~finite.all(-1))
+        v = widened(v)
+        again, numbers = prepare(replace(plan, **given), kind), np.isfinite(v)
+        bad = np.argwhere(~numbers.all(-1))
         if len(bad):
             # A weight of 0 hides no NaN: once more without them, and those rows again that see one.
-            out, lse, redo = fast.run(plan, q, k, np.where(finite, v, np.float32(0)))
+            out, lse, redo = fast.run(plan, q, widened(k), np.where(numbers, v, np.float32(0)))
             score.see(again, bad, redo)
         for row in np.flatnonzero(redo).tolist():
             score.forward(again, out, lse, row, row + 1)
@@ -105,20 +132,26 @@ def _forward(x: Operands) -> dict[str, Floats]:
     out = np.empty((batch, heads, lq, x.v.shape[3]), x.q.dtype)
     lse = np.empty((batch, heads, lq), x.q.dtype)
     spread(score.forward, (x, out, lse), lse.size, _work(x))
-    return {"out": out, "lse": lse}
+    return {"out": out} if x.sigmoid else {"out": out, "lse": lse}
 
 
 def _saved(outputs: Mapping[str, Any], plan: Score, kind: type[np.floating[Any]]) -> dict[str, Any] | None:
-    """Out and lse of an earlier evaluate, where they are all there and no less precise than what is computed in."""
-    if not {"out", "lse"} <= set(outputs):
+    """The outputs of an earlier evaluate, where they are all there and no less precise than what is computed in."""
+    shapes = _shapes(plan)
+    if plan.normalizer != "softmax":
+        del shapes["lse"]
+    if not set(shapes) <= set(outputs):
         return None
-    shapes = {"out": (*plan.q.shape[:3], plan.v.shape[3]), "lse": plan.q.shape[:3]}
     for n, shape in shapes.items():
         if outputs[n].shape != shape:
             raise ShapeError(f"{n} of an earlier evaluate has shape {outputs[n].shape}, but this problem's has {shape}")
     if any(outputs[n].dtype.itemsize < np.dtype(np.float32).itemsize for n in shapes):
         return None
     return {n: converted(outputs[n], kind) for n in shapes}
+
+
+def _shapes(plan: Score) -> dict[str, tuple[int, ...]]:
+    return {"out": (*plan.q.shape[:3], plan.v.shape[3]), "lse": plan.q.shape[:3]}
 
 
 def _work(x: Operands) -> int:
@@ -134,7 +167,7 @@ def _gradients(
     wanted: set[str],
 ) -> dict[str, NDArray[Any]]:
     """Cotangents of the plan's leaves by the fast kernels where they can, else row by row."""
-    dout, dlse = (converted(cotangents.get(n, np.zeros(found[n].shape, kind)), kind) for n in ("out", "lse"))
+    dout, dlse = (converted(cotangents.get(n, np.zeros(s, kind)), kind) for n, s in _shapes(plan).items())
     if wanted and kind is np.float32 and fast.takes(plan):
         q, k, v, out, lse = (converted(a, kind) for a in (plan.q, plan.k, plan.v, found["out"], found["lse"]))
         gradients = adjoint.gradients(plan, adjoint.Pass(q, k, v, out, lse, dout, dlse), wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import zlib
 from collections.abc import Callable
 from functools import cache
@@ -12,6 +13,7 @@ from typing import Any, TypeVar, cast
 import llvmlite
 import numba
 from llvmlite.binding import get_host_cpu_features
+from numba.extending import register_jitable
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
@@ -27,6 +29,25 @@ def jit(function: Kernel) -> Kernel:
     machine code in use.
     """
     return cast("Kernel", numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+
+
+def bare(function: Kernel) -> Kernel:
+    """As `jit`, for what allocates no array: without counting references.
+
+    Numba counts one for each array of a tuple at each call, with an atomic operation on memory that all threads share.
+    """
+    options: dict[str, Any] = {"_nrt": False}
+    return cast("Kernel", numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function))
+
+
+def inner(function: Kernel) -> Kernel:
+    """What kernels call and Python does not, in a kernel's own terms: compiled into each kernel, never kept by itself.
+
+    Kept on disk it would be served stale, for its key does not tell of the files that it calls. In Python it remains
+    the plain function. Numba's doors to Python, which for a tuple of thirty arrays are most of the code, are left out.
+    """
+    options = dict.fromkeys(("nogil", "no_cpython_wrapper", "no_cfunc_wrapper"), True) | {"_nrt": False}
+    return register_jitable(error_model="numpy", **options)(function)
 
 
 def stamp(*modules: ModuleType) -> int:
@@ -46,3 +67,14 @@ def lanes() -> int:
         return 16 if any(part in named for part in wide) else 4 if named in {"generic", "x86-64"} else 8
     features = get_host_cpu_features()
     return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
+
+
+@cache
+def halves() -> bool:
+    """Whether the processor that is compiled for converts float16 by itself."""
+    named = getattr(numba.config, "CPU_NAME", None)
+    if platform.machine() in {"arm64", "aarch64"}:
+        return True
+    if named and named != "host":
+        return named not in {"generic", "x86-64"}
+    return bool(get_host_cpu_features().get("f16c"))

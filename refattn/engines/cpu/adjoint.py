@@ -112,7 +112,7 @@ def _of_tiles(
     work = given.lse.size * lk * (3 * depth + 2 * width)
     together(
         kernel(shape),
-        lambda: (x, own, gradients, scratch(shape.rows, depth, width), _bent(shape.rows), counter),
+        lambda: (x, own, gradients, scratch(shape.rows, depth, width, shape.storage), _bent(shape.rows), counter),
         doubt.size,
         work,
     )
@@ -186,7 +186,7 @@ def _of_pairs(plan: Score, x: Arrays, given: Pass, bias: Dense) -> Array | None:
     work = given.lse.size * lk * (depth + width)
     together(
         by_pair(shape),
-        lambda: (*arguments, scratch(shape.rows, depth, width), _bent(shape.rows), doubt, counter),
+        lambda: (*arguments, scratch(shape.rows, depth, width, shape.storage), _bent(shape.rows), doubt, counter),
         tasks,
         work,
     )

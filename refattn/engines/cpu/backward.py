@@ -20,14 +20,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import literally  # type: ignore[attr-defined]
 
-from refattn.engines.cpu import gradients, logits, tiles, vectors, work
-from refattn.engines.cpu._jit import jit, stamp
+from refattn.engines.cpu import gradients, logits, sight, tiles, vectors, work
+from refattn.engines.cpu._jit import bare, inner, stamp
 from refattn.engines.cpu.forward import Shape
 from refattn.engines.cpu.gradients import bend_back, deltas, multiply, outer, times, turn_back
-from refattn.engines.cpu.logits import biased, scores, seen
+from refattn.engines.cpu.logits import biased, scores
+from refattn.engines.cpu.sight import NOTHING, see
 from refattn.engines.cpu.tiles import products, turn
 from refattn.engines.cpu.vectors import take
-from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, Ends, Rows, Tile, finite, lay, locate, pack, tiles_of
+from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, Rows, Tile, ends_of, lay, locate, pack, tiles_of
 
 
 class Given(NamedTuple):
@@ -61,7 +62,16 @@ class Gradients(NamedTuple):
     doubt: Array
 
 
-@jit
+@inner
+def finite(numbers: Array) -> bool:
+    """Whether all of a flat float32 array are: as integers without the sign, infinity and NaN are the greatest."""
+    greatest = np.uint32(0)
+    for bits in numbers.view(np.uint32):
+        greatest = max(greatest, np.uint32(bits << np.uint32(1)))
+    return bool(greatest < np.uint32(0xFF000000))
+
+
+@inner
 def begin(x: Arrays, given: Given, tile: Tile, at: Rows, width: int) -> bool:
     """Lse in base 2 in tile.top and δ in tile.total; False where one of a row that sees a key is not finite.
 
@@ -69,7 +79,7 @@ def begin(x: Arrays, given: Given, tile: Tile, at: Rows, width: int) -> bool:
     """
     lq, size, first = x.sizes[3], x.sizes[6], at.first
     i, sure = first % lq - 1, True
-    for r in range(tile.top.size):
+    for r in range(tile.lanes):
         tile.top[r] = np.inf
         if r < at.rows:
             i = 0 if i + 1 == lq else i + 1
@@ -85,7 +95,7 @@ def begin(x: Arrays, given: Given, tile: Tile, at: Rows, width: int) -> bool:
     return sure
 
 
-@jit
+@inner
 def rest(to: Array, source: Array, first: int, rows: int, columns: int, width: int) -> None:
     """What `turn` leaves of a tile: rows and columns that fill no square of `width`; lanes without a row are 0."""
     lanes = to.size // max(columns, 1)
@@ -95,22 +105,22 @@ def rest(to: Array, source: Array, first: int, rows: int, columns: int, width: i
             to[c * lanes + r] = source[(first + r) * columns + c] if r < rows else 0.0
 
 
-@jit
+@inner
 def enter(shape: int, x: Arrays, given: Given, tile: Tile, at: Rows) -> bool:
     """Qᵀ and doutᵀ of a tile of rows, and what `begin` does."""
     literally(shape)
-    depth, width, lanes = x.sizes[5], x.sizes[6], tile.top.size
+    depth, width, lanes = x.sizes[5], x.sizes[6], tile.lanes
     q, dout = x.q.ctypes.data + 4 * at.first * depth, given.dout.ctypes.data + 4 * at.first * width
     turn(shape, tile.q.ctypes.data, q, at.rows, depth, 4 * lanes, 4 * depth)
-    pack(x, tile, at, shape >> 16)
+    pack(x, tile, at, shape >> 16 & 255)
     turn(shape, tile.o.ctypes.data, dout, at.rows, width, 4 * lanes, 4 * width)
-    rest(tile.o, given.dout, at.first, at.rows, width, shape >> 16)
+    rest(tile.o, given.dout, at.first, at.rows, width, shape >> 16 & 255)
     out = given.out.ctypes.data + 4 * at.first * width
     deltas(shape, tile.total.ctypes.data, out, dout, at.rows, 4 * width, width)
-    return begin(x, given, tile, at, shape >> 16)
+    return begin(x, given, tile, at, shape >> 16 & 255)
 
 
-@jit
+@inner
 def add_product(
     shape: int, to: int, count: int, w: int, down: int, along: int, depth: int, by: int, columns: int
 ) -> None:
@@ -119,11 +129,11 @@ def add_product(
     outer(shape, to, 4 * columns, count, w, down, along, depth, by, 4 * columns, columns)
 
 
-@jit
+@inner
 def collect(x: Arrays, found: Gradients, tile: Tile, at: Rows, j: int, count: int, share: int) -> None:
     """Add the cotangents of a tile's logits, in tile.bias, to the sums that are wanted."""
     batch, heads, _, lq, lk, _, _ = x.sizes
-    lanes, begun = tile.top.size, share * batch * heads * lq + at.first
+    lanes, begun = tile.lanes, share * batch * heads * lq + at.first
     places = x.k_at[at.b % x.k_at.shape[0]]
     for sums, steep in ((found.slope, True), (found.row, False)):
         if sums.size:
@@ -146,25 +156,34 @@ def collect(x: Arrays, found: Gradients, tile: Tile, at: Rows, j: int, count: in
                 found.table[own + places[j + n]] += tile.bias[n * lanes + r]
 
 
-@jit
+@inner
 def weights(
-    shape: int, x: Arrays, given: Given, tile: Tile, slope: Array, at: Rows, ends: Ends, j: int, count: int, factor: Any
+    shape: int,
+    x: Arrays,
+    given: Given,
+    tile: Tile,
+    slope: Array,
+    at: Rows,
+    j: int,
+    count: int,
+    kinds: int,
+    factor: Any,
 ) -> None:
     """P in tile.s and dS times `factor` in tile.bias; with a softcap, scale cap' in `slope`."""
     literally(shape)
     depth, width, key = x.sizes[5], x.sizes[6], (at.b * x.sizes[2] + at.g) * x.sizes[4] + j
-    s, dp, steep = tile.s.ctypes.data, tile.bias.ctypes.data, np.float32(x.cap[0])
+    s, dp, k, steep = tile.s.ctypes.data, tile.bias.ctypes.data, x.k.ctypes.data + 4 * key * depth, np.float32(x.cap[0])
     if steep > 0:
-        products(shape, s, tile.q.ctypes.data, x.k.ctypes.data + 4 * key * depth, 4 * depth, count, depth)
+        products(shape, s, tile.q.ctypes.data, k, 4 * depth, count, depth)
         bend_back(shape, s, slope.ctypes.data, count, steep, np.float32(x.cap[1]), np.float32(given.scale))
-        unit = biased(shape, x, tile, at, ends, j, count, np.float32(1.0))
+        unit = biased(shape, x, tile, at, j, count, kinds, np.float32(1.0))
     else:
-        unit = scores(shape, x, tile, at, ends, j, count)
+        unit = scores(shape, x, tile, at, k, j, count, kinds)
     products(shape, dp, tile.o.ctypes.data, x.v.ctypes.data + 4 * key * width, 4 * width, count, width)
     turn_back(shape, s, dp, count, unit, tile.top.ctypes.data, tile.total.ctypes.data, factor)
 
 
-@jit
+@inner
 def pair(
     shape: int,
     x: Arrays,
@@ -173,17 +192,18 @@ def pair(
     tile: Tile,
     slope: Array,
     at: Rows,
-    ends: Ends,
-    n: int,
+    j: int,
+    count: int,
+    kinds: int,
     share: int,
 ) -> None:
     """The five products of a tile of rows and the n-th tile of keys."""
     literally(shape)
-    depth, width, line, j = x.sizes[5], x.sizes[6], 4 * tile.top.size, n * KEYS
-    count, key = min(KEYS, x.k_length[at.b] - j), (at.b * x.sizes[2] + at.g) * x.sizes[4] + j
+    depth, width, line = x.sizes[5], x.sizes[6], 4 * tile.lanes
+    key = (at.b * x.sizes[2] + at.g) * x.sizes[4] + j
     s, dp, scale = tile.s.ctypes.data, tile.bias.ctypes.data, np.float32(given.scale)
     bent, summed = x.cap[0] > 0, found.slope.size + found.row.size + found.key.size + found.table.size > 0
-    weights(shape, x, given, tile, slope, at, ends, j, count, np.float32(1.0) if bent or summed else scale)
+    weights(shape, x, given, tile, slope, at, j, count, kinds, np.float32(1.0) if bent or summed else scale)
     if summed:
         collect(x, found, tile, at, j, count, share)
     if bent:
@@ -197,7 +217,7 @@ def pair(
     add_product(shape, dq, at.rows, dp, 4, line, count, x.k.ctypes.data + 4 * key * depth, depth)
 
 
-@jit
+@bare
 def total(parts: Array, start: int, stop: int) -> None:
     """Add all rows (n, size) to the first; task = column."""
     for n in range(1, parts.shape[0]):
@@ -209,10 +229,10 @@ def total(parts: Array, start: int, stop: int) -> None:
 def kernel(shape: Shape) -> Callable[[Arrays, Given, Gradients, Tile, Array, Array], int]:
     """The compiled pass for a tile shape; the array of one number is the next task, which threads share."""
     ROWS = shape.rows
-    LITERAL = shape.width << 16 | shape.vectors << 8 | shape.block
-    VERSION = stamp(gradients, logits, tiles, vectors, work)
+    LITERAL = shape.literal
+    VERSION = stamp(gradients, logits, sight, tiles, vectors, work)
 
-    @jit
+    @bare
     def backward(x: Arrays, given: Given, found: Gradients, tile: Tile, slope: Array, counter: Array) -> int:
         batch, heads, groups, lq, lk, depth, width = x.sizes
         each = tiles_of(heads // groups, lq, ROWS)
@@ -227,15 +247,18 @@ def kernel(shape: Shape) -> Callable[[Arrays, Given, Gradients, Tile, Array, Arr
                 stop = min(first + given.step, seen_keys)
                 for t in range(each):
                     at = locate(x, ROWS, head * each + t)
-                    ends = lay(x, tile, at)
+                    lay(x, tile, at)
+                    ends = ends_of(x, tile, at)
                     if ends.least > ends.greatest:
                         continue
                     entered = False
                     for n in range(first, stop):
-                        if seen(x, at, ends, n):
+                        count = min(KEYS, x.k_length[at.b] - n * KEYS)
+                        kinds = see(LITERAL, x, tile.bias, at, ends, n, count)
+                        if kinds != NOTHING:
                             if not entered:
                                 entered, sure = True, enter(LITERAL, x, given, tile, at) and sure
-                            pair(LITERAL, x, given, found, tile, slope, at, ends, n, share)
+                            pair(LITERAL, x, given, found, tile, slope, at, n * KEYS, count, kinds, share)
                 for n in range(first, stop):
                     key, count = head * lk + n * KEYS, min(KEYS, lk - n * KEYS)
                     sure = sure and finite(found.k[key * depth : (key + count) * depth])
@@ -254,10 +277,10 @@ def by_pair(shape: Shape) -> Callable[..., int]:
     One task is a tile of rows of it, which goes through all batches and heads that it is repeated for.
     """
     ROWS = shape.rows
-    LITERAL = shape.width << 16 | shape.vectors << 8 | shape.block
-    VERSION = stamp(gradients, logits, tiles, vectors, work)
+    LITERAL = shape.literal
+    VERSION = stamp(gradients, logits, sight, tiles, vectors, work)
 
-    @jit
+    @bare
     def backward_bias(
         x: Arrays,
         given: Given,
@@ -280,15 +303,17 @@ def by_pair(shape: Shape) -> Callable[..., int]:
                 for h in range(task // each % own[1], heads, own[1]):
                     first = (b * heads + h) * lq + i
                     at = Rows(b, h // (heads // groups), h, i, first, min(ROWS, lq - i), True)
-                    ends = lay(x, tile, at)
+                    lay(x, tile, at)
+                    ends = ends_of(x, tile, at)
                     if ends.least > ends.greatest:
                         continue
                     sure = enter(LITERAL, x, given, tile, at) and sure
                     for n in range(-(-x.k_length[b] // KEYS)):
-                        if seen(x, at, ends, n):
-                            j = n * KEYS
-                            count = min(KEYS, x.k_length[b] - j)
-                            weights(LITERAL, x, given, tile, slope, at, ends, j, count, np.float32(1.0))
+                        j = n * KEYS
+                        count = min(KEYS, x.k_length[b] - j)
+                        kinds = see(LITERAL, x, tile.bias, at, ends, n, count)
+                        if kinds != NOTHING:
+                            weights(LITERAL, x, given, tile, slope, at, j, count, kinds, np.float32(1.0))
                             for r in range(at.rows):
                                 line = found[begun + r * lk + j : begun + r * lk + j + count]
                                 for c in range(count):

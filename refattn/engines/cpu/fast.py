@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from refattn.engines.cpu import decode
 from refattn.engines.cpu.forward import kernel, shape_for
 from refattn.engines.cpu.operands import differences, span, stacked, summed
 from refattn.engines.cpu.pool import together
+from refattn.engines.cpu.skipping import norms
+from refattn.engines.cpu.storage import bits, storage_of
 from refattn.engines.cpu.tiles import BOTTOM
+from refattn.engines.cpu.vectors import FLOAT32
 from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, Results, scratch, tiles_of
 from refattn.plan import Dense, Score, Slope, Table
+
+Found = TypeVar("Found")
 
 _FARTHEST = 1 << 29  # differences of positions stay well inside int32
 _LARGEST = 1e30  # a few factors below do not overflow
 _MARGIN = 64  # rows in a tile at most: what a tile reads of a table beyond its columns
 
 
+def _once(find: Callable[[Score], Found]) -> Callable[[Score], Found]:
+    """The function, asked once for each plan, and what it found forgotten with the plan."""
+    known: WeakKeyDictionary[Score, Found] = WeakKeyDictionary()
+
+    @wraps(find)
+    def found(plan: Score) -> Found:
+        if plan not in known:
+            known[plan] = find(plan)
+        return known[plan]
+
+    return found
+
+
+@_once
 def takes(plan: Score) -> bool:
     """Whether the kernel computes all that the plan asks for."""
-    if plan.keep is not None or plan.relative or plan.v_table or not (plan.q.size and plan.k.size and plan.v.size):
+    if plan.normalizer != "softmax" or plan.keep is not None:
+        return False
+    if plan.relative or plan.v_table or not (plan.q.size and plan.k.size and plan.v.size):
         return False
     integers = [*plan.positions, *(plan.segments or ())]
     if any(a.size and max(-int(a.min()), int(a.max())) > _FARTHEST for a in integers):
@@ -37,25 +62,37 @@ def takes(plan: Score) -> bool:
 def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     """Out (B,Hq,Lq,Dv), lse and which rows are to be made again (B,Hq,Lq).
 
-    q, k, v are the plan's in float32, C order, without infinities in q and k. What is not finite in v reaches all rows
-    of a tile, masked or not: they are to be made again.
+    q, k, v are the plan's, C order, q in float32, k and v stored alike in a way that `storage_of` knows; without
+    infinities in q and k, unless `decode` suits. What is not finite in v reaches all rows of a tile, masked or not:
+    they are to be made again.
     """
     x = arrays(plan, q, k, v)
     batch, heads, groups, lq, lk, depth, width = x.sizes
+    storage = storage_of(k) or FLOAT32
+    if decode.suits(heads, groups, lq):
+        return decode.run(x, storage)
     out, lse = np.empty((batch, heads, lq, width), np.float32), np.empty(q.shape[:3], np.float32)
     redo, counter = np.empty(q.shape[:3], np.bool_), np.zeros(1, np.int64)
     results = Results(out.reshape(-1), lse.reshape(-1), redo.reshape(-1))
-    shape = shape_for(heads // groups, lq)
+    shape = shape_for(heads // groups, lq, storage)
     tasks = batch * groups * tiles_of(heads // groups, lq, shape.rows)
     work = lse.size * lk * (depth + width)
-    together(kernel(shape), lambda: (x, results, scratch(shape.rows, depth, width), counter), tasks, work)
+    sizes = shape.rows, depth, width, shape.storage
+    known = norms(x, shape.width, shape.storage)
+    together(kernel(shape), lambda: (x, known, results, scratch(*sizes), counter), tasks, work)
     return out, lse, redo
 
 
 def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:
     """What the kernels read of a plan whose q, k, v are these, as `run` takes them."""
-    batch, heads, lq, depth = q.shape
-    groups, lk, width = v.shape[1:]
+    return _still(plan)._replace(q=q.reshape(-1), k=bits(k), v=bits(v))
+
+
+@_once
+def _still(plan: Score) -> Arrays:
+    """What does not depend on the numbers of q, k and v."""
+    batch, heads, lq, depth = plan.q.shape
+    groups, lk, width = plan.v.shape[1:]
     low, high = (min(max(end, -4 * _FARTHEST), 4 * _FARTHEST - 1) for end in span(plan))
     q_at, k_at = _each(plan.positions[0], lq), _each(plan.positions[1], lk)
     ends = _ends(k_at)
@@ -68,14 +105,13 @@ def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:
     slopes = [b.slopes for b in plan.bias if isinstance(b, Slope)]
     table, zero = _table(plan, heads)
     dense = [b.values for b in plan.bias if isinstance(b, Dense)]
-    if plan.mask is not None:
-        dense.append(np.where(plan.mask, np.float32(0), np.float32(-np.inf)))
+    masks, mask_strides = stacked([] if plan.mask is None else [plan.mask], np.bool_)
     biases, bias_strides = stacked(dense, np.float32)
     return Arrays(
         sizes=(batch, heads, groups, lq, lk, depth, width),
-        q=q.reshape(-1),
-        k=k.reshape(-1),
-        v=v.reshape(-1),
+        q=_NONE,
+        k=_NONE,
+        v=_NONE,
         q_length=np.array(q_length, np.int64),
         k_length=np.array(k_length, np.int64),
         q_at=q_at,
@@ -95,10 +131,13 @@ def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:
         evenly=bool(table.size) and _evenly(q_at) and _evenly(k_at),
         biases=biases,
         bias_strides=bias_strides,
+        masks=masks,
+        mask_strides=mask_strides,
         sink=_in_base_2(np.full(heads, BOTTOM / LOG2E) if plan.sink is None else np.maximum(plan.sink, BOTTOM / LOG2E)),
     )
 
 
+_NONE = np.zeros(0, np.float32)
 _NO_SEGMENT = np.zeros((1, 1), np.int32)  # never read, for there is one segment
 
 

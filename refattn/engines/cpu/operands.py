@@ -18,7 +18,8 @@ LEAST, GREATEST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 class Operands(NamedTuple):
     """What a Score kernel reads; T is the type it computes in, float32 or float64.
 
-    q (B,Hq,Lq,D), k (B,Hkv,Lk,D), v (B,Hkv,Lk,Dv) T. constants (3,) T: scale, softcap (0 for none), 1/keep probability.
+    q (B,Hq,Lq,D), k (B,Hkv,Lk,D), v (B,Hkv,Lk,Dv) T. constants (4,) T: scale, softcap (0 for none), 1/keep probability,
+    sigmoid bias; sigmoid: whether weights are single keys' sigmoids instead of a softmax.
     span (2,) int64: least and greatest position(j) − position(i) that is visible. q_at, q_segment (1 or B, Lq), k_at,
     k_segment (1 or B, Lk) int64; q_length, k_length (B,) int64. masks, keeps (boolean) and biases (T) are stacks.
     slopes (Hq,) T, the sum of all; table (Hq, n) T, the sum of all, its first column for the difference `low`, n = 0
@@ -49,6 +50,7 @@ class Operands(NamedTuple):
     table: Array
     low: int
     sink: Array
+    sigmoid: bool
 
 
 def prepare(plan: Score, kind: type[np.floating[Any]]) -> Operands:
@@ -76,7 +78,7 @@ def prepare(plan: Score, kind: type[np.floating[Any]]) -> Operands:
         q=rows(converted(plan.q, kind)),
         k=rows(converted(plan.k, kind)),
         v=_entries(converted(plan.v, kind)),
-        constants=converted([plan.scale, plan.softcap or 0.0, 1 / probability], kind),
+        constants=converted([plan.scale, plan.softcap or 0.0, 1 / probability, plan.sigmoid_bias], kind),
         span=converted(span(plan), np.int64),
         q_at=_each(plan.positions[0], lq),
         k_at=_each(plan.positions[1], lk),
@@ -94,6 +96,7 @@ def prepare(plan: Score, kind: type[np.floating[Any]]) -> Operands:
         table=converted(summed([b for b in plan.bias if isinstance(b, Table)], heads, low, count), kind),
         low=low,
         sink=converted(np.full(heads, -np.inf) if plan.sink is None else plan.sink, kind),
+        sigmoid=plan.normalizer == "sigmoid",
     )
 
 

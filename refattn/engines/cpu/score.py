@@ -3,6 +3,7 @@ r"""Kernels of the Score plan, one query row after another; `refattn.plan.execut
     forward     p_j = exp(s_j − m) / z,  out = Σ_j c_j p_j v_j,  lse = m + log z,  z = exp(sink − m) + Σ_j exp(s_j − m)
     backward    dp_j = c_j dout·v_j,  δ = Σ_j p_j dp_j − dlse,  ds_j = p_j (dp_j − δ),  du_j = scale cap'_j ds_j
                 dq = Σ_j du_j k_j,  dk_j = Σ_i du_ij q_i,  dv_j = Σ_i c_ij p_ij dout_i,  dsink = −exp(sink − lse) δ
+    sigmoid     p_j = 1 / (1 + exp(−s_j − bias)),  ds_j = p_j (1 − p_j) dp_j,  no lse, no sink
 
 c is keep over its probability; cap' = 1 − tanh² is the softcap's slope. Only a row's live keys are ever read, so what a
 masked slot holds cannot matter. A row is made anew wherever it is needed, so no score matrix is stored: scratch is a
@@ -138,6 +139,24 @@ def softmax(x: Operands, h: int, n: int, s: Array) -> Any:
 
 
 @jit
+def sigmoids(x: Operands, n: int, s: Array) -> Any:
+    """Replace the first n logits by their sigmoids, NaN where one is not finite; return 0, for there is no lse."""
+    one = x.q.dtype.type(1)
+    for t in range(n):
+        if math.isfinite(s[t]):
+            s[t] = one / (one + np.exp(-(s[t] + x.constants[3])))
+        else:
+            s[t] = np.nan
+    return x.q.dtype.type(0)
+
+
+@jit
+def weigh(x: Operands, h: int, n: int, s: Array) -> Any:
+    """Replace the first n logits by weights; return lse, NaN where it spoils the row."""
+    return sigmoids(x, n, s) if x.sigmoid else softmax(x, h, n, s)
+
+
+@jit
 def kept(x: Operands, b: int, h: int, i: int, j: int) -> Any:
     """1/probability where the pair is kept, else 0."""
     factor = x.constants[2]
@@ -154,7 +173,7 @@ def forward(x: Operands, out: Array, lse: Array, start: int, stop: int) -> None:
         b, h, i = task // (heads * rows), task // rows % heads, task % rows
         g = h // (heads // x.k.shape[1])
         n = logits(x, b, h, i, live, p, slope)
-        lse[b, h, i] = softmax(x, h, n, p)
+        lse[b, h, i] = weigh(x, h, n, p)
         out[b, h, i] = np.nan if math.isnan(lse[b, h, i]) else 0.0
         for t in range(n):
             w = p[t] * kept(x, b, h, i, live[t])
@@ -168,7 +187,7 @@ def cotangents(
 ) -> tuple[int, Any]:
     """Row (b, h, i) backward: its live keys, their weights c p, the cotangents of logits and q·k; n and dsink."""
     n = logits(x, b, h, i, live, w, du)
-    lse = softmax(x, h, n, w)
+    lse = weigh(x, h, n, w)
     g = h // (x.q.shape[1] // x.k.shape[1])
     delta = -dlse[b, h, i]
     for t in range(n):
@@ -176,9 +195,12 @@ def cotangents(
         for d in range(x.v.shape[3]):
             dp += dout[b, h, i, d] * x.v[b, g, live[t], d]
         ds[t] = kept(x, b, h, i, live[t]) * dp
-        delta += w[t] * ds[t]
+        if not x.sigmoid:
+            delta += w[t] * ds[t]
     for t in range(n):
         ds[t] = w[t] * (ds[t] - delta)
+        if x.sigmoid:
+            ds[t] *= x.q.dtype.type(1) - w[t]
         du[t] *= ds[t]
         w[t] *= kept(x, b, h, i, live[t])
     if x.sink[h] == -np.inf:

@@ -11,10 +11,12 @@ lie in memory, `stride` bytes from key to key. All arguments that are not number
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from refattn.engines.cpu.vectors import F32, I32, Lanes, inline
+from llvmlite import ir
+
+from refattn.engines.cpu.vectors import F32, I8, I32, Lanes, inline
 
 BOTTOM = -(2.0**127)  # stands for −∞ as a running maximum: two of them have a difference
 INFINITY = float("inf")
@@ -67,26 +69,42 @@ def accumulate(x: Lanes, o: Any, factor: Any, w: Any, v: Any, stride: Any, count
 
 @inline
 def weigh(x: Lanes, s: Any, m: Any, total: Any, factor: Any, count: Any, c: Any) -> None:
-    """Logits c s[n] become weights; the running maximum m and total change, and `factor` is what they change by."""
+    """Logits c s[n] become weights; the running maximum m and total change, and `factor` is what they change by.
+
+    A row of one vector is too short to wait for, so four are taken at a time; what is left of four is filled with −∞.
+    """
+    step = 1 if x.vectors > 1 else 4
+    turns = x.b.sdiv(x.b.add(count, x.index(step - 1)), x.index(step))
+    with x.each(x.b.sub(x.b.mul(turns, x.index(step)), count)) as n:
+        x.stores([x.spread(-INFINITY)] * x.vectors, x.at(s, (x.b.add(count, n), x.row)))
     unit = x.spread(c)
-    tops = x.variables([x.spread(-INFINITY)] * x.vectors)
-    with x.each(count) as n:
-        for place, logit in zip(tops, x.loads(x.at(s, (n, x.row))), strict=True):
+    tops = x.variables([x.spread(-INFINITY)] * (step * x.vectors))
+    with x.each(turns) as n:
+        rows = [x.at(s, (n, step * x.row), k * x.row) for k in range(step)]
+        for place, logit in zip(tops, [a for row in rows for a in x.loads(row)], strict=True):
             x.b.store(x.largest(x.b.load(place), logit), place)
+    found = [x.b.load(place) for place in tops]
+    while len(found) > x.vectors:
+        found = [x.largest(a, b) for a, b in zip(found[::2], found[1::2], strict=True)]
     before = x.loads(m)
-    now = [x.largest(x.b.fmul(x.b.load(top), unit), old) for top, old in zip(tops, before, strict=True)]
+    now = [x.largest(x.b.fmul(top, unit), old) for top, old in zip(found, before, strict=True)]
     change = [x.exp2(x.b.fsub(old, new)) for old, new in zip(before, now, strict=True)]
     shift = [x.b.fneg(new) for new in now]
-    sums = x.variables([x.b.fmul(f, old) for f, old in zip(change, x.loads(total), strict=True)])
+    begun = [x.b.fmul(f, old) for f, old in zip(change, x.loads(total), strict=True)]
+    sums = x.variables(begun + [x.spread(0.0)] * ((step - 1) * x.vectors))
     x.stores(now, m)
     x.stores(change, factor)
-    with x.each(count) as n:
-        row = x.at(s, (n, x.row))
-        weights = [x.exp2(x.fma(a, unit, b)) for a, b in zip(x.loads(row), shift, strict=True)]
+    with x.each(turns) as n:
+        rows = [x.at(s, (n, step * x.row), k * x.row) for k in range(step)]
+        weights = [x.exp2(x.fma(a, unit, b)) for row in rows for a, b in zip(x.loads(row), shift, strict=True)]
         for place, weight in zip(sums, weights, strict=True):
             x.b.store(x.b.fadd(x.b.load(place), weight), place)
-        x.stores(weights, row)
-    x.stores([x.b.load(place) for place in sums], total)
+        for k, row in enumerate(rows):
+            x.stores(weights[k * x.vectors : (k + 1) * x.vectors], row)
+    ended = [x.b.load(place) for place in sums]
+    while len(ended) > x.vectors:
+        ended = [x.b.fadd(a, b) for a, b in zip(ended[::2], ended[1::2], strict=True)]
+    x.stores(ended, total)
 
 
 def sweep(x: Lanes, s: Any, count: Any, change: Callable[[Any, list[Any]], list[Any]]) -> None:
@@ -142,6 +160,17 @@ def hide(x: Lanes, s: Any, count: Any, k_at: Any, q_at: Any, low: Any, reach: An
 
 
 @inline
+def keep(x: Lanes, s: Any, count: Any, other: Any) -> None:
+    """−∞ where other[n] is not 0."""
+
+    def change(n: Any, row: list[Any]) -> list[Any]:
+        seen = [x.b.fcmp_ordered("==", o, x.spread(0.0)) for o in x.loads(x.at(other, (n, x.row)))]
+        return [x.b.select(c, a, x.spread(-INFINITY)) for c, a in zip(seen, row, strict=True)]
+
+    sweep(x, s, count, change)
+
+
+@inline
 def part(x: Lanes, s: Any, count: Any, k_segment: Any, q_segment: Any) -> None:
     """−∞ where k_segment[n] is not q_segment, int32."""
     own = x.loads_of(q_segment, x.integers)
@@ -154,16 +183,86 @@ def part(x: Lanes, s: Any, count: Any, k_segment: Any, q_segment: Any) -> None:
     sweep(x, s, count, change)
 
 
+def squares(x: Lanes, to: Any, source: Any, sizes: tuple[Any, Any], strides: tuple[Any, Any, int], read: Any) -> None:
+    """to[c][r] = read(source[r][c]) for whole squares of `width` numbers; strides in bytes: to, source, one number."""
+    width, (rows, columns), (to_stride, stride, step) = x.index(x.width), sizes, strides
+    with x.each(x.b.sdiv(rows, width)) as i, x.each(x.b.sdiv(columns, width)) as j:
+        r, c = x.b.mul(i, width), x.b.mul(j, width)
+        begin, end = x.at(source, (r, stride), (c, step)), x.at(to, (c, to_stride), (r, 4))
+        square = x.transposed([read(x.at(begin, (x.index(n), stride))) for n in range(x.width)])
+        for n, row in enumerate(square):
+            x.store(row, x.at(end, (x.index(n), to_stride)))
+
+
+@inline
+def fetch(x: Lanes, source: Any, to: Any, count: Any) -> None:
+    """Ask for the lines of `count` bytes to be read and to be written, all at once: one by one they are waited for."""
+    with x.each(x.b.sdiv(count, x.index(64))) as n:
+        x.ahead(x.at(source, (n, 64)))
+        x.ahead(x.at(to, (n, 64)), writing=True)
+
+
 @inline
 def turn(x: Lanes, to: Any, source: Any, rows: Any, columns: Any, to_stride: Any, stride: Any) -> None:
     """to[c][r] = source[r][c] for whole squares of `width` numbers; both strides in bytes."""
-    width = x.index(x.width)
-    with x.each(x.b.sdiv(rows, width)) as i, x.each(x.b.sdiv(columns, width)) as j:
-        r, c = x.b.mul(i, width), x.b.mul(j, width)
-        begin, end = x.at(source, (r, stride), (c, 4)), x.at(to, (c, to_stride), (r, 4))
-        square = x.transposed([x.load(x.at(begin, (x.index(n), stride))) for n in range(x.width)])
-        for n, row in enumerate(square):
-            x.store(row, x.at(end, (x.index(n), to_stride)))
+    squares(x, to, source, (rows, columns), (to_stride, stride, 4), x.load)
+
+
+@inline
+def survey(x: Lanes, found: Any, source: Any, rows: Any, columns: Any, stride: Any) -> None:
+    """Booleans in rows `stride` bytes apart: the bytes found[0], whether any is True, and found[1], whether all are."""
+    size = 4 * x.width
+    whole, single = ir.VectorType(I8, size), ir.VectorType(I8, 1)
+    places = x.variables([whole(None), whole([1] * size), single(None), single([1])])
+    with x.each(rows) as r:
+        row = x.at(source, (r, stride))
+        with x.each(x.b.sdiv(columns, x.index(size))) as n:
+            _join(x, places[:2], x.load(x.at(row, (n, size)), whole))
+        rest = x.b.srem(columns, x.index(size))
+        start = x.b.sub(columns, rest)
+        with x.each(rest) as n:
+            _join(x, places[2:], x.load(x.at(row, start, n), single))
+    some, every, one, all_ones = (x.b.load(place) for place in places)
+    none, ones = ir.IntType(8 * size)(0), whole([1] * size)
+    any_seen = x.b.or_(x.b.icmp_signed("!=", x.b.bitcast(some, none.type), none), _bit(x, one))
+    missing = x.b.icmp_signed("!=", x.b.bitcast(x.b.xor(every, ones), none.type), none)
+    all_seen = x.b.and_(x.b.not_(missing), _bit(x, all_ones))
+    for n, seen in enumerate((any_seen, all_seen)):
+        x.b.store(x.b.zext(seen, I8), x.b.inttoptr(x.at(found, n), I8.as_pointer()))
+
+
+def _join(x: Lanes, places: Sequence[Any], seen: Any) -> None:
+    x.b.store(x.b.or_(x.b.load(places[0]), seen), places[0])
+    x.b.store(x.b.and_(x.b.load(places[1]), seen), places[1])
+
+
+def _bit(x: Lanes, one: Any) -> Any:
+    return x.b.icmp_unsigned("!=", x.b.extract_element(one, I32(0)), I8(0))
+
+
+@inline
+def turn_mask(x: Lanes, to: Any, source: Any, rows: Any, columns: Any, to_stride: Any, stride: Any) -> None:
+    """As `turn`, from booleans: 0 for True, −∞ for False."""
+
+    def read(address: Any) -> Any:
+        seen = x.b.icmp_unsigned("!=", x.load(address, ir.VectorType(I8, x.width)), ir.VectorType(I8, x.width)(None))
+        return x.b.select(seen, x.spread(0.0), x.spread(-INFINITY))
+
+    squares(x, to, source, (rows, columns), (to_stride, stride, 1), read)
+
+
+@inline
+def widen(x: Lanes, to: Any, source: Any, count: Any) -> None:
+    """`count` float32 from numbers as they are stored; contiguous."""
+    for at, width in x.pieces(count):
+        x.store(x.stored(x.at(source, (at, 2)), width), x.at(to, (at, 4)))
+
+
+@inline
+def narrow(x: Lanes, to: Any, source: Any, count: Any) -> None:
+    """`count` finite float32 to numbers as they are stored, contiguous."""
+    for at, width in x.pieces(count):
+        x.store(x.narrowed(x.load(x.at(source, (at, 4)), ir.VectorType(F32, width))), x.at(to, (at, 2)))
 
 
 @inline

@@ -15,7 +15,9 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+F16, F32 = ir.HalfType(), ir.FloatType()
+I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # storages
 
 # 2^f = 1 + f p(f) for |f| ≤ ½, coefficients from the least power: the minimax fit of relative error rounded to float32.
 _EXP2 = "0x1.62e42ap-1 0x1.ebf9bcp-3 0x1.c6b752p-5 0x1.3cea88p-7 0x1.5bba14p-10"
@@ -31,13 +33,16 @@ MAGIC = 1.5 * 2.0**23 + 127.0
 class Lanes:
     """Emits operations on `vectors` vectors of `width` float32; a tile's row is all of them, one lane for each query.
 
-    Memory is addressed by integers, in bytes; an address need not be aligned.
+    Memory is addressed by integers, in bytes; an address need not be aligned. The shape is a number, for Numba takes no
+    other literals: block + 2⁸ vectors + 2¹⁶ width + 2²⁴ storage + 2²⁸ stride, where `storage` is how k and v lie in
+    memory, and a row begins `stride` vectors after the one before, or `vectors` if it is 0.
     """
 
     def __init__(self, builder: Any, shape: int) -> None:
         self.b = builder
-        self.width, self.vectors, self.block = shape >> 16, shape >> 8 & 255, shape & 255
-        self.row = 4 * self.width * self.vectors
+        self.width, self.vectors, self.block = shape >> 16 & 255, shape >> 8 & 255, shape & 255
+        self.storage = shape >> 24 & 15
+        self.row = 4 * self.width * (shape >> 28 or self.vectors)
         self.floats, self.integers = ir.VectorType(F32, self.width), ir.VectorType(I32, self.width)
 
     def at(self, base: Any, *terms: Any) -> Any:
@@ -55,11 +60,20 @@ class Lanes:
     def load(self, address: Any, kind: Any = None) -> Any:
         """A vector of float32, or what else `kind` says."""
         kind = kind or self.floats
-        return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=4)
+        size = str(getattr(kind, "element", kind))
+        align = {"i8": 1, "i16": 2, "half": 2}.get(size, 4)
+        return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=align)
 
     def store(self, value: Any, address: Any) -> None:
         """Store a vector."""
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=4)
+
+    def ahead(self, address: Any, *, writing: bool = False) -> None:
+        """Have the line at an address brought near; it need not exist."""
+        byte, name = I8.as_pointer(), "llvm.prefetch.p0"
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        function = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
+        self.b.call(function, [self.b.inttoptr(address, byte), I32(int(writing)), I32(3), I32(1)])
 
     def loads(self, address: Any) -> list[Any]:
         """A tile's row."""
@@ -73,6 +87,42 @@ class Lanes:
         """Store a tile's row."""
         for n, value in enumerate(row):
             self.store(value, self.at(address, 4 * self.width * n))
+
+    def stored(self, address: Any, width: int) -> Any:
+        """A vector of float32 from where k or v lie as `storage` says."""
+        floats, integers = ir.VectorType(F32, width), ir.VectorType(I32, width)
+        if self.storage == FLOAT32:
+            return self.load(address, floats)
+        if self.storage == BFLOAT16:
+            bits = self.b.zext(self.load(address, ir.VectorType(I16, width)), integers)
+            return self.b.bitcast(self.b.shl(bits, integers([16] * width)), floats)
+        return self.b.fpext(self.load(address, ir.VectorType(F16, width)), floats)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number of k or v."""
+        return 4 if self.storage == FLOAT32 else 2
+
+    def narrowed(self, vector: Any) -> Any:
+        """Finite float32 in 16 bits, to nearest and ties to even; too large ones become infinite."""
+        width = vector.type.count
+        if self.storage == FLOAT16:
+            return self.b.fptrunc(vector, ir.VectorType(F16, width))
+        integers = ir.VectorType(I32, width)
+        bits, half, one = self.b.bitcast(vector, integers), integers([0x7FFF] * width), integers([1] * width)
+        places = integers([16] * width)
+        # Half a unit in the last place, less one where the kept part is even.
+        rounded = self.b.add(bits, self.b.add(half, self.b.and_(self.b.lshr(bits, places), one)))
+        return self.b.trunc(self.b.lshr(rounded, places), ir.VectorType(I16, width))
+
+    def pieces(self, count: Any) -> Iterator[tuple[Any, int]]:
+        """Loops whose indices cover 0 to count: by whole vectors, then one by one; each with how many it takes."""
+        whole = self.b.sdiv(count, self.index(self.width))
+        with self.each(whole) as n:
+            yield self.b.mul(n, self.index(self.width)), self.width
+        begun = self.b.mul(whole, self.index(self.width))
+        with self.each(self.b.sub(count, begun)) as n:
+            yield self.b.add(begun, n), 1
 
     def spread(self, scalar: Any) -> Any:
         """The same number in every lane; a Python number is a float32."""
@@ -131,6 +181,16 @@ class Lanes:
         far = self.call("copysign", b.fsub(one, b.fdiv(self.spread(2.0), b.fadd(power, one))), x)
         return b.select(b.fcmp_ordered(">", size, one), far, near)
 
+    def total(self, vector: Any) -> Any:
+        """Sum of a vector, halves to halves."""
+        width, empty = vector.type.count, ir.Constant(vector.type, ir.Undefined)
+        while width > 1:
+            width //= 2
+            low, high = (ir.VectorType(I32, width)(list(range(n, n + width))) for n in (0, width))
+            vector = self.b.fadd(self.b.shuffle_vector(vector, empty, low), self.b.shuffle_vector(vector, empty, high))
+            empty = ir.Constant(vector.type, ir.Undefined)
+        return self.b.extract_element(vector, I32(0))
+
     def transposed(self, rows: list[Any]) -> list[Any]:
         """The square of `width` vectors with rows and columns exchanged, by halves of halves."""
         step = 1
@@ -141,11 +201,12 @@ class Lanes:
             for i in range(self.width):
                 if not i & step:
                     a, c = rows[i], rows[i + step]
-                    changed[i], changed[i + step] = self._mix(a, c, low), self._mix(a, c, high)
+                    changed[i], changed[i + step] = self.mix(a, c, low), self.mix(a, c, high)
             rows, step = changed, 2 * step
         return rows
 
-    def _mix(self, a: Any, b: Any, lanes: list[int]) -> Any:
+    def mix(self, a: Any, b: Any, lanes: list[int]) -> Any:
+        """Lanes of two vectors, those of the second counted on from the first's."""
         return self.b.shuffle_vector(a, b, ir.VectorType(I32, self.width)(lanes))
 
     @contextmanager
@@ -162,21 +223,19 @@ class Lanes:
         return places
 
     def in_blocks(self, count: Any, emit: Callable[[Any, int], None]) -> None:
-        """emit(start, size) for blocks that cover 0 to count: all of size `block`, and what is left over in one."""
+        """emit(start, size) for blocks that cover 0 to count: size `block`, and powers of two for what is left over."""
         b, block = self.b, self.index(self.block)
         whole = b.sdiv(count, block)
         with self.each(whole) as n:
             emit(b.mul(n, block), self.block)
         start = b.mul(whole, block)
-        end = b.append_basic_block("end")
-        choice = b.switch(b.sub(count, start), end)
-        for size in range(1, self.block):
-            case = b.append_basic_block(f"left.{size}")
-            choice.add_case(I64(size), case)
-            b.position_at_end(case)
-            emit(start, size)
-            b.branch(end)
-        b.position_at_end(end)
+        left = b.sub(count, start)
+        for power in reversed(range((self.block - 1).bit_length())):
+            size = self.index(1 << power)
+            there = b.and_(left, size)
+            with b.if_then(b.icmp_signed("!=", there, self.index(0))):
+                emit(start, 1 << power)
+            start = b.add(start, there)
 
 
 def inline(emit: Callable[..., None]) -> Any:
@@ -201,10 +260,13 @@ def inline(emit: Callable[..., None]) -> Any:
 
 
 def _take(typing: Any, counter: Any) -> Any:
-    """The int64 at an address before one was added to it, all in one step: threads that share it get each task once."""
+    """The int64 at an address before one was added to it, all in one step: threads that share it get each task once.
+
+    Who gets a number sees all that was written by those who got the ones before it.
+    """
 
     def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.atomic_rmw("add", builder.inttoptr(values[0], I64.as_pointer()), I64(1), "monotonic")
+        return builder.atomic_rmw("add", builder.inttoptr(values[0], I64.as_pointer()), I64(1), "acq_rel")
 
     return types.int64(types.int64), code
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu._jit import jit
+from refattn.engines.cpu._jit import inner
 from refattn.engines.cpu.tiles import BOTTOM
 
 Array = NDArray[Any]
@@ -30,7 +30,7 @@ class Arrays(NamedTuple):
 
     Times log₂e: slopes (Hq,) and table (Hq, n), from the greatest difference down, its column `zero` for the difference
     0, n = 0 for none, and if `evenly`, positions of queries and keys go up by one; sink (Hq,), `BOTTOM` for none.
-    biases: a stack as in `operands.Operands`, −∞ for masked.
+    biases, masks: stacks as in `operands.Operands`; −∞ in a bias masks.
     """
 
     sizes: tuple[int, int, int, int, int, int, int]
@@ -56,6 +56,8 @@ class Arrays(NamedTuple):
     evenly: bool
     biases: Array
     bias_strides: Array
+    masks: Array
+    mask_strides: Array
     sink: Array
 
 
@@ -92,49 +94,49 @@ class Ends(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A tile's scratch: qᵀ (D,R), oᵀ (Dv,R), s and a bias (KEYS,R) flat, and a number for each of R rows.
+    """A tile's scratch: flat arrays qᵀ (D,R), oᵀ (Dv,R), s and a bias (KEYS,R), and a number for each of R rows.
 
-    top, total: running maximum and sum; factor: what the sum changes by; slope; place, segment int32.
+    k (KEYS,D), v (KEYS,Dv) widened, where they are stored in fewer bits. top, total: running maximum and sum; factor:
+    what the sum changes by; slope; norm, budget, spent as in `skipping`; place, segment int32. lanes: numbers in a row,
+    R, or more if the tile is cut from another.
     """
 
+    lanes: int
     q: Array
     o: Array
     s: Array
     bias: Array
+    k: Array
+    v: Array
     top: Array
     total: Array
     factor: Array
     slope: Array
+    norm: Array
+    budget: Array
+    spent: Array
     place: Array
     segment: Array
 
 
-def scratch(rows: int, depth: int, width: int) -> Tile:
+def scratch(rows: int, depth: int, width: int, storage: int) -> Tile:
     """Scratch of a thread, each part from a whole line of the cache on."""
-    sizes = [rows * n for n in (depth, width, KEYS, KEYS, 1, 1, 1, 1, 1, 1)]
+    wide = [KEYS * depth, KEYS * width] if storage else [0, 0]
+    sizes = [*(rows * n for n in (depth, width, KEYS, KEYS)), *wide, *[rows] * 9]
     starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
     memory = np.empty(starts[-1] + 16, np.float32)
     skipped = -memory.ctypes.data // 4 % 16
     parts = [memory[skipped + start : skipped + start + size] for start, size in zip(starts, sizes, strict=False)]
-    return Tile(*parts[:8], *(part.view(np.int32) for part in parts[8:]))
+    return Tile(rows, *parts[:13], *(part.view(np.int32) for part in parts[13:]))
 
 
-@jit
-def finite(numbers: Array) -> bool:
-    """Whether all of a flat float32 array are: as integers without the sign, infinity and NaN are the greatest."""
-    greatest = np.uint32(0)
-    for bits in numbers.view(np.uint32):
-        greatest = max(greatest, np.uint32(bits << np.uint32(1)))
-    return bool(greatest < np.uint32(0xFF000000))
-
-
-@jit
+@inner
 def tiles_of(share: int, lq: int, lanes: int) -> int:
     """Tiles of rows of one key head, which `share` heads of queries read: heads apart if one fills a tile."""
     return share * -(-lq // lanes) if lq >= lanes else -(-share * lq // lanes)
 
 
-@jit
+@inner
 def locate(x: Arrays, lanes: int, task: int) -> Rows:
     """Tile number `task` of rows, in tiles of so many lanes.
 
@@ -151,35 +153,65 @@ def locate(x: Arrays, lanes: int, task: int) -> Rows:
     return Rows(b, g, h, 0, (b * heads + h) * lq + t * lanes, min(lanes, share * lq - t * lanes), False)
 
 
-@jit
-def lay(x: Arrays, tile: Tile, at: Rows) -> Ends:
+@inner
+def cut(tile: Tile, lane: int) -> Tile:
+    """The tile from that row on; o, s and bias with it."""
+    return Tile(
+        tile.lanes,
+        tile.q[lane:],
+        tile.o[lane:],
+        tile.s[lane:],
+        tile.bias[lane:],
+        tile.k,
+        tile.v,
+        tile.top[lane:],
+        tile.total[lane:],
+        tile.factor[lane:],
+        tile.slope[lane:],
+        tile.norm[lane:],
+        tile.budget[lane:],
+        tile.spent[lane:],
+        tile.place[lane:],
+        tile.segment[lane:],
+    )
+
+
+@inner
+def lay(x: Arrays, tile: Tile, at: Rows) -> None:
     """Begin the rows of a tile."""
     _, heads, _, lq, _, _, _ = x.sizes
-    b, first, rows = at.b, at.first, at.rows
-    least, greatest, low, high = 1 << 40, -(1 << 40), 1 << 40, -(1 << 40)
     # Counted, for two divisions a row would cost as much as all else here.
-    i, h = first % lq - 1, first // lq % heads
-    for r in range(tile.top.size):
-        if r < rows:
+    i, h = at.first % lq - 1, at.first // lq % heads
+    for r in range(tile.lanes):
+        if r < at.rows:
             i += 1
             if i == lq:
                 i, h = 0, h + 1
-        tile.place[r] = place = x.q_at[b % x.q_at.shape[0], i]
-        tile.segment[r] = segment = x.q_segment[b % x.q_segment.shape[0], i]
-        if i < x.q_length[b]:
-            least, greatest = min(least, place), max(greatest, place)
-            low, high = min(low, segment), max(high, segment)
+        tile.place[r] = x.q_at[at.b % x.q_at.shape[0], i]
+        tile.segment[r] = x.q_segment[at.b % x.q_segment.shape[0], i]
         tile.slope[r] = x.slopes[h]
         tile.top[r] = x.sink[h]
         tile.total[r] = 0.0 if x.sink[h] == BOTTOM else 1.0
+
+
+@inner
+def ends_of(x: Arrays, tile: Tile, at: Rows) -> Ends:
+    """The ends of positions and segments, after `lay`."""
+    least, greatest, low, high = 1 << 40, -(1 << 40), 1 << 40, -(1 << 40)
+    i = at.first % x.sizes[3] - 1
+    for r in range(at.rows):
+        i = i + 1 if i + 1 < x.sizes[3] else 0
+        if i < x.q_length[at.b]:
+            least, greatest = min(least, tile.place[r]), max(greatest, tile.place[r])
+            low, high = min(low, tile.segment[r]), max(high, tile.segment[r])
     return Ends(least, greatest, low, high)
 
 
-@jit
+@inner
 def pack(x: Arrays, tile: Tile, at: Rows, width: int) -> None:
     """What `turn` leaves of qᵀ: rows and columns that fill no square of `width`; and the scale's sign."""
     first, rows = at.first, at.rows
-    lanes, depth = tile.top.size, x.sizes[5]
+    lanes, depth = tile.lanes, x.sizes[5]
     squares, columns = rows // width * width, depth // width * width
     for r in range(lanes):
         for d in range(columns if r < squares else 0, depth):
@@ -189,22 +221,22 @@ def pack(x: Arrays, tile: Tile, at: Rows, width: int) -> None:
             tile.q[n] *= np.float32(x.sign)
 
 
-@jit
+@inner
 def lookup(x: Arrays, tile: Tile, at: Rows, j: int, count: int) -> None:
     """The table's logits of a tile, key by key."""
     _, heads, _, lq, _, _, _ = x.sizes
-    lanes, b = tile.top.size, at.b
+    lanes, b = tile.lanes, at.b
     for r in range(at.rows):
         h = (at.first + r) // lq % heads
         for n in range(count):
             tile.bias[n * lanes + r] = x.table[h, x.zero - (x.k_at[b % x.k_at.shape[0], j + n] - tile.place[r])]
 
 
-@jit
+@inner
 def gather(x: Arrays, tile: Tile, at: Rows, m: int, j: int, count: int, width: int) -> None:
     """What `turn` leaves of the m-th bias of a tile; all of it where width is 0."""
     _, heads, _, lq, _, _, _ = x.sizes
-    b, first, rows, lanes, strides = at.b, at.first, at.rows, tile.top.size, x.bias_strides[m]
+    b, first, rows, lanes, strides = at.b, at.first, at.rows, tile.lanes, x.bias_strides[m]
     squares, columns = (rows // width * width, count // width * width) if width else (0, 0)
     for r in range(rows):
         i, h = (first + r) % lq, (first + r) // lq % heads
@@ -213,18 +245,31 @@ def gather(x: Arrays, tile: Tile, at: Rows, m: int, j: int, count: int, width: i
             tile.bias[n * lanes + r] = x.biases[start + n * strides[4]]
 
 
-@jit
+@inner
+def gather_mask(x: Arrays, tile: Tile, at: Rows, m: int, j: int, count: int, width: int) -> None:
+    """What `turn_mask` leaves of the m-th mask of a tile; all of it where width is 0."""
+    _, heads, _, lq, _, _, _ = x.sizes
+    lanes, strides, rows = tile.lanes, x.mask_strides[m], at.rows
+    squares, columns = (rows // width * width, count // width * width) if width else (0, 0)
+    for r in range(rows):
+        i, h = (at.first + r) % lq, (at.first + r) // lq % heads
+        start = strides[0] + at.b * strides[1] + h * strides[2] + i * strides[3] + j * strides[4]
+        for n in range(columns if r < squares else 0, count):
+            tile.bias[n * lanes + r] = 0.0 if x.masks[start + n * strides[4]] else -np.inf
+
+
+@inner
 def divide(tile: Tile) -> None:
     """What each row is multiplied by in the end."""
-    for r in range(tile.top.size):
+    for r in range(tile.lanes):
         tile.factor[r] = 1.0 if tile.total[r] == 0.0 else 1.0 / tile.total[r]
 
 
-@jit
+@inner
 def settle(x: Arrays, results: Results, tile: Tile, at: Rows, width: int) -> None:
     """What `turn` leaves of out, lse, and which rows are to be made again; slope is NaN where out is not finite."""
     _, heads, _, lq, _, _, size = x.sizes
-    b, first, rows, lanes = at.b, at.first, at.rows, tile.top.size
+    b, first, rows, lanes = at.b, at.first, at.rows, tile.lanes
     squares, columns = rows // width * width, size // width * width
     i, h = first % lq - 1, first // lq % heads
     for r in range(rows):

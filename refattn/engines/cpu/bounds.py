@@ -1,0 +1,119 @@
+"""Steps of `skipping` on one tile: lengths of vectors, and what a row may still leave out. Queries in the lanes."""
+# ruff: noqa: PLR0917  Numba calls intrinsics by position
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from refattn.engines.cpu.tiles import INFINITY
+from refattn.engines.cpu.vectors import F32, I32, Lanes, inline
+
+_NEVER = -(2.0**100)  # logarithm of what is too small to count
+
+
+@inline
+def lengths(x: Lanes, norm: Any, q: Any, depth: Any, unit: Any) -> None:
+    """Norm = unit |q|, of qᵀ."""
+    sums = x.variables([x.spread(1e-30)] * x.vectors)
+    with x.each(depth) as d:
+        for place, a in zip(sums, x.loads(x.at(q, (d, x.row))), strict=True):
+            x.b.store(x.fma(a, a, x.b.load(place)), place)
+    by = x.spread(unit)
+    x.stores([x.b.fmul(by, x.call("sqrt", x.b.load(place))) for place in sums], norm)
+
+
+def logarithm(x: Lanes, a: Any) -> Any:
+    """No more than log₂ a, by a straight line from one power of two to the next; far below where a is 0 or tiny."""
+    steps = x.b.sitofp(x.b.bitcast(a, x.integers), x.floats)
+    line = x.fma(steps, x.spread(2.0**-23), x.spread(-127.0 - 2.0**-12))
+    return x.b.select(x.b.fcmp_ordered(">=", a, x.spread(2.0**-126)), line, x.spread(_NEVER))
+
+
+@inline
+def gauge(
+    x: Lanes, budget: Any, o: Any, width: Any, scales: Any, absent: Any, top: Any, total: Any, out: Any, lse: Any
+) -> None:
+    """Budget = max(budget, top + min(out + log₂ min_d |o_d| / max |v_d|, lse + log₂ total)); out, lse in bits."""
+    leasts = x.variables([x.spread(INFINITY)] * x.vectors)
+    with x.each(width) as d:
+        by, more = (x.spread(x.load(x.at(base, (d, 4)), F32)) for base in (scales, absent))
+        for place, a in zip(leasts, x.loads(x.at(o, (d, x.row))), strict=True):
+            size, least = x.fma(x.magnitude(a), by, more), x.b.load(place)
+            x.b.store(x.b.select(x.b.fcmp_ordered("<", size, least), size, least), place)
+    found = []
+    for least, z, m, old in zip(leasts, x.loads(total), x.loads(top), x.loads(budget), strict=True):
+        by_out = x.b.fadd(logarithm(x, x.b.load(least)), x.spread(out))
+        by_lse = x.b.fadd(logarithm(x, z), x.spread(lse))
+        smaller = x.b.select(x.b.fcmp_ordered("<", by_out, by_lse), by_out, by_lse)
+        rounding = x.b.fmul(x.magnitude(m), x.spread(2.0**-22))
+        found.append(x.largest(x.b.fsub(x.b.fadd(m, smaller), rounding), old))
+    x.stores(found, budget)
+
+
+@inline
+def afford(
+    x: Lanes,
+    to: Any,
+    spent: Any,
+    budget: Any,
+    norm: Any,
+    place: Any,
+    slope: Any,
+    near: Any,
+    far: Any,
+    length: Any,
+    count: Any,
+) -> None:
+    """to = spent + 2^(count + norm length − slope distance − budget) of keys from place `near` to `far`.
+
+    `count` is the logarithm of their number, with the greatest entry of the table. Slopes are not negative.
+    """
+    near, far = (x.spread(x.b.trunc(end, I32)) for end in (near, far))
+    at, size, more, zero = x.loads_of(place, x.integers), x.spread(length), x.spread(count), x.integers(None)
+    found = []
+    rows = zip(at, x.loads(norm), x.loads(slope), x.loads(budget), x.loads(spent), strict=True)
+    for row, n, steep, left, before in rows:
+        gaps = [x.b.sub(near, row), x.b.sub(row, far), zero]
+        away = gaps[0]
+        for gap in gaps[1:]:
+            away = x.b.select(x.b.icmp_signed(">", away, gap), away, gap)
+        fall = x.b.fmul(x.b.sitofp(away, x.floats), x.b.fmul(steep, x.spread(1 - 2.0**-10)))
+        bits = x.b.fsub(x.b.fadd(x.b.fsub(x.b.fmul(n, size), fall), more), left)
+        # exp2 is 0 below −126, which is no bound, and wrong above 127; 100 is also what NaN becomes.
+        bits = x.b.select(x.b.fcmp_ordered("<", bits, x.spread(100.0)), bits, x.spread(100.0))
+        found.append(x.b.fadd(before, x.exp2(x.largest(bits, x.spread(-100.0)))))
+    x.stores(found, to)
+
+
+@inline
+def squares(x: Lanes, to: Any, k: Any, count: Any, depth: Any) -> None:
+    """The greatest |k|² of `count` keys, or what is there if that is greater; NaN is the greatest of all."""
+    wide, single = x.variables([x.spread(0.0), ir.VectorType(F32, 1)([0.0])])
+    with x.each(count) as n:
+        row = x.at(k, (x.b.mul(n, depth), x.size))
+        x.b.store(x.spread(0.0), wide)
+        x.b.store(ir.VectorType(F32, 1)([0.0]), single)
+        for at, width in x.pieces(depth):
+            a, place = x.stored(x.at(row, (at, x.size)), width), wide if width > 1 else single
+            x.b.store(x.b.fadd(x.b.fmul(a, a), x.b.load(place)), place)
+        found = x.b.fadd(x.total(x.b.load(wide)), x.b.extract_element(x.b.load(single), I32(0)))
+        x.store(greater(x, x.b.bitcast(found, I32), x.load(to, I32)), to)
+
+
+@inline
+def peaks(x: Lanes, to: Any, v: Any, count: Any, width: Any) -> None:
+    """The greatest |v_d| of `count` keys for each d, or what is there, as int32; NaN is the greatest of all."""
+    with x.each(count) as n:
+        row = x.at(v, (x.b.mul(n, width), x.size))
+        for at, size in x.pieces(width):
+            place, kind = x.at(to, (at, 4)), ir.VectorType(I32, size)
+            x.store(greater(x, x.b.bitcast(x.stored(x.at(row, (at, x.size)), size), kind), x.load(place, kind)), place)
+
+
+def greater(x: Lanes, a: Any, b: Any) -> Any:
+    """The greater of floats without their sign, of which b has none, as integers: infinity and NaN are the greatest."""
+    mask = a.type(0x7FFFFFFF) if a.type == I32 else a.type([0x7FFFFFFF] * a.type.count)
+    size = x.b.and_(a, mask)
+    return x.b.select(x.b.icmp_signed(">", size, b), size, b)

@@ -1,0 +1,82 @@
+"""Numbers of 16 bits in memory: kernels widen keys and values tile by tile, results are rounded once at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from refattn.engines.cpu import tiles, vectors
+from refattn.engines.cpu._jit import bare, halves, lanes, stamp
+from refattn.engines.cpu.tiles import narrow, widen
+from refattn.engines.cpu.vectors import BFLOAT16, FLOAT16, FLOAT32
+from refattn.engines.cpu.work import Array
+
+_CODES = {np.dtype(np.float32): FLOAT32, np.dtype(ml_dtypes.bfloat16): BFLOAT16, np.dtype(np.float16): FLOAT16}
+
+
+def storage_of(array: Array) -> int | None:
+    """How an array is stored, as `Lanes` names it; None for what kernels do not read."""
+    code = _CODES.get(array.dtype)
+    return None if code == FLOAT16 and not halves() else code
+
+
+def bits(array: Array) -> Array:
+    """The array flat, 16-bit numbers as uint16."""
+    return (array if array.dtype == np.float32 else array.view(np.uint16)).reshape(-1)
+
+
+def finite(array: Array) -> bool:
+    """Whether all numbers are; of float32, bfloat16 and float16."""
+    exponent = {np.dtype(np.float32): 0x7F800000, np.dtype(np.float16): 0x7C00}.get(array.dtype, 0x7F80)
+    words = array.reshape(-1).view(f"u{array.dtype.itemsize}")
+    return bool(_greatest(words) < 2 * exponent)
+
+
+@bare
+def _greatest(words: Array) -> int:
+    """Without the sign, in the highest bits: infinity and NaN are greater than all numbers."""
+    greatest = words.dtype.type(0)
+    for word in words:
+        greatest = max(greatest, words.dtype.type(word << words.dtype.type(1)))
+    return int(greatest)
+
+
+def widened(array: Array) -> Array:
+    """As float32."""
+    code = storage_of(array)
+    if not code:
+        with np.errstate(over="ignore"):
+            return array.astype(np.float32, copy=False)
+    found = np.empty(array.shape, np.float32)
+    _converter(lanes() << 16 | code << 24, True)(found.reshape(-1), bits(np.ascontiguousarray(array)))
+    return found
+
+
+def narrowed(array: Array, dtype: np.dtype[Any]) -> Array:
+    """Finite float32 numbers rounded to nearest, ties to even, to float16 or bfloat16; too large ones to infinity."""
+    found = np.empty(array.shape, dtype)
+    code = storage_of(found)
+    if code is None:
+        with np.errstate(over="ignore"):
+            return array.astype(dtype)
+    _converter(lanes() << 16 | code << 24, False)(bits(found), array.reshape(-1))
+    return found
+
+
+@cache
+def _converter(literal: int, widening: bool) -> Callable[[Array, Array], int]:
+    LITERAL, WIDENING, VERSION = literal, widening, stamp(tiles, vectors)
+
+    @bare
+    def convert(to: Array, source: Array) -> int:
+        if WIDENING:
+            widen(LITERAL, to.ctypes.data, source.ctypes.data, to.size)
+        else:
+            narrow(LITERAL, to.ctypes.data, source.ctypes.data, to.size)
+        return VERSION
+
+    return convert
