@@ -103,6 +103,9 @@ def test_lengths_at_the_edges_of_tiles(rng):
         assert not found["dq"][b, :, length:].any()
         assert not found["dk"][b, :, lengths[-1 - b] :].any()
         assert not found["dv"][b, :, lengths[-1 - b] :].any()
+    sink = {"sink": np.array([1.0, -2.0], np.float32)}
+    beyond = within(ra.SDPA(), inputs | {"q_lengths": lengths} | sink, rng)
+    assert not any(beyond["dq"][b, :, length:].any() for b, length in enumerate(lengths))
 
 
 HIDING = {
