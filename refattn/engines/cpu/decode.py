@@ -30,7 +30,7 @@ from refattn.engines.cpu.pool import together
 from refattn.engines.cpu.sight import MASKS, NOTHING, POSITIONS, SEGMENTS, see
 from refattn.engines.cpu.tiles import BOTTOM, bend, hide, keep, part
 from refattn.engines.cpu.vectors import FLOAT32, take
-from refattn.engines.cpu.work import KEYS, LN2, LOG2E, Array, Arrays, Ends, Results, Rows
+from refattn.engines.cpu.work import KEYS, LN2, LOG2E, Array, Arrays, Ends, Results, Rows, own
 
 MOST = 16  # rows of a key head
 _LEAST = 512  # keys in a share, but for the last
@@ -72,6 +72,7 @@ class Scratch(NamedTuple):
     first: Array
 
 
+@own
 def scratch(count: int, depth: int) -> Scratch:
     """Scratch for so many rows, each part from a whole line of the cache on."""
     shapes = [(count, depth), (_TILES, count, KEYS), (count, KEYS), (count, lanes()), *[(count,)] * 5, (KEYS,), (_TILES,)]
