@@ -4,6 +4,12 @@ import numpy as np
 
 import refattn as ra
 from refattn import api
+from refattn.bound import BoundSpace
+from refattn.engines import cpu
+from refattn.engines.cpu import fast
+from refattn.profiles import FLOAT32
+
+OUTPUTS = ("out", "lse")
 
 
 def near(found, expected, relative=1e-12):
@@ -16,6 +22,31 @@ def near(found, expected, relative=1e-12):
 def same(found, expected):
     """The same bits, NaN included."""
     np.testing.assert_array_equal(found, expected, strict=True)
+
+
+def within(spec, inputs, alone=True, stored=np.float32):
+    """Out and lse of the cpu engine lie inside the published bound, and no row is made twice.
+
+    `stored`: what the kernel is given k and v in, if alone; their numbers must be the same in it.
+    """
+    names = OUTPUTS if spec.normalizer == "softmax" else ("out",)
+    checked = api.build(spec, inputs, None, names)
+    found = cpu.run(checked)
+    assert set(found) == set(names)
+    if alone:
+        plan = checked.score
+        assert fast.takes(plan)
+        kinds = {"q": np.float32, "k": stored, "v": stored}
+        q, k, v = (np.ascontiguousarray(getattr(plan, n), kind) for n, kind in kinds.items())
+        out, lse, redo = fast.run(plan, q, k, v)
+        assert not redo.any()
+        found = {"out": out, "lse": lse}
+    expected = checked.evaluate(BoundSpace(FLOAT32).real)
+    for n in names:
+        live = ~np.isneginf(expected[n].x)
+        same(np.isneginf(found[n]), ~live)
+        assert (np.abs(found[n][live] - expected[n].x[live]) <= expected[n].e[live]).all(), n
+    return found
 
 
 def qkv(rng, sizes, dtype=np.float64):

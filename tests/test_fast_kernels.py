@@ -13,11 +13,11 @@ import ml_dtypes
 import numba
 import numpy as np
 import pytest
-from checks import same
+from checks import OUTPUTS as WANT
+from checks import same, within
 
 import refattn as ra
 from refattn import api, unread
-from refattn.bound import BoundSpace
 from refattn.engines import cpu
 from refattn.engines.cpu import (
     _jit,
@@ -33,10 +33,9 @@ from refattn.engines.cpu import (
     vectors,
     work,
 )
+from refattn.engines.cpu.tiles import squash
 from refattn.engines.cpu.vectors import Lanes, inline
-from refattn.profiles import FLOAT32
 
-WANT = ("out", "lse")
 UNIT = 2.0**-24
 
 
@@ -63,6 +62,12 @@ def run_exponential(to, numbers):
 @numba.njit
 def run_hyperbolic(to, numbers):
     hyperbolic(SHAPE, to.ctypes.data, numbers.ctypes.data, numbers.size // 4)
+
+
+@numba.njit
+def run_squash(to, numbers):
+    to[:] = numbers
+    squash(SHAPE, to.ctypes.data, to.size // 4, np.float32(1.0), np.float32(0.0))
 
 
 def of(run, numbers):
@@ -99,23 +104,6 @@ def test_tanh_is_within_four_roundoffs():
     assert (np.abs(found / np.tanh(numbers) - 1) <= 4 * UNIT).all()
     _, found = of(run_hyperbolic, [0.0, np.inf, -np.inf, np.nan])
     same(found, np.array([0.0, 1.0, -1.0, np.nan]))
-
-
-def within(spec, inputs, alone=True):
-    """Out and lse lie inside the published bound, and no row is made twice."""
-    checked = api.build(spec, inputs, None, WANT)
-    found = cpu.run(checked)
-    if alone:
-        plan = checked.score
-        assert fast.takes(plan)
-        q, k, v = (np.ascontiguousarray(leaf, np.float32) for leaf in (plan.q, plan.k, plan.v))
-        assert not fast.run(plan, q, k, v)[2].any()
-    expected = checked.evaluate(BoundSpace(FLOAT32).real)
-    for n in WANT:
-        live = ~np.isneginf(expected[n].x)
-        same(np.isneginf(found[n]), ~live)
-        assert (np.abs(found[n][live] - expected[n].x[live]) <= expected[n].e[live]).all(), n
-    return found
 
 
 def qkv(rng, batch, heads, groups, lq, lk, depth, width):
@@ -161,6 +149,11 @@ OPTIONS = {
     "softcap": (ra.SDPA(softcap=2.5), ()),
     "negative scale": (ra.SDPA(scale=-0.75, softcap=1.5), ()),
     "scale 0": (ra.SDPA(scale=0.0), ("bias",)),
+    "sigmoid": (ra.SDPA(causal="top_left", normalizer="sigmoid", sigmoid_bias="keys"), ()),
+    "sigmoid of all": (
+        ra.SDPA(normalizer="sigmoid", sigmoid_bias=-1.5, softcap=4.0, window=(40, 9), bias=(ra.ALiBi(), ra.T5())),
+        ("t5_table", "bias", "mask", "q_segment_ids", "k_segment_ids"),
+    ),
     "all": (
         ra.SDPA(causal="top_left", window=(100, None), softcap=5.0, bias=(ra.ALiBi(), ra.T5())),
         ("t5_table", "bias", "mask", "sink", "q_segment_ids", "k_segment_ids"),
@@ -373,3 +366,30 @@ def test_a_mask_of_blocks_is_skipped_or_left_out_where_it_says_nothing(rng):
     for axes in (np.s_[:1, :, :, :], np.s_[:, :, :1, :]):
         within(ra.SDPA(), clean | {"mask": mask[axes]})
     within(ra.SDPA(), clean | {"mask": mask[:, :, :, 200:201]}, alone=False)
+
+
+@pytest.mark.parametrize("lq", [1, 20, 65])
+def test_a_sigmoid_of_large_logits_and_of_rows_that_see_nothing(lq, rng):
+    """Weights from 0 to 1, some below every float32, and a row without a key is 0."""
+    inputs = qkv(rng, 1, 2, 1, lq, 70, 8, 8)
+    inputs["q"] *= 60
+    mask = rng.random((lq, 70)) < 0.5
+    mask[0] = False
+    found = within(ra.SDPA(normalizer="sigmoid", sigmoid_bias=0.25), inputs | {"mask": mask}, alone=False)
+    assert not found["out"][:, :, 0].any()
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_number_that_is_not_finite_under_a_sigmoid(name, rng):
+    inputs = qkv(rng, 1, 2, 2, 70, 70, 8, 8)
+    inputs[name][0, 1, 66, 3] = np.inf
+    spec = ra.SDPA(causal="top_left", normalizer="sigmoid", sigmoid_bias=0.0)
+    wide = {n: a.astype(np.float64) for n, a in inputs.items()}
+    same(np.isnan(ra.evaluate(spec, inputs, engine="cpu")["out"]), np.isnan(ra.evaluate(spec, wide)["out"]))
+
+
+def test_squash_is_within_six_roundoffs():
+    numbers, found = of(run_squash, np.concatenate([floats(2.0**-40, 125.0, 97), -floats(2.0**-40, 125.0, 97)]))
+    assert (np.abs(found * (1 + np.exp2(-numbers)) - 1) <= 6 * UNIT).all()
+    _, found = of(run_squash, [np.inf, -np.inf, np.nan, -126.5, 126.5, 1e30, -1e30])
+    same(found, np.array([1.0, 0.0, np.nan, 0.0, 1.0, 1.0, 0.0, 1.0]))

@@ -1,8 +1,8 @@
 r"""The decode kernel: few rows of queries for each key head, and many keys, of which each is read once.
 
 One task is a *share*: a stretch of the keys of one key head, met by the rows of all query heads that read it; `dots`
-has its steps. A share leaves a part: for each row the maximum m of its logits, the sum l of its weights and o. Who
-ends the last share of a key head merges its parts, in the order of the keys:
+and `columns` have its steps. A share leaves a part: for each row the maximum m of its logits, the sum l of its weights
+and o. Who ends the last share of a key head merges its parts, in the order of the keys:
 
     m = max(sink, m_1, m_2, ...),  l = exp2(sink − m) + Σ_n l_n exp2(m_n − m),  out = Σ_n o_n exp2(m_n − m) / l
 
@@ -13,90 +13,28 @@ marked to be made again; where a key is masked its logit does not matter.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
-from itertools import accumulate
-from typing import NamedTuple
 
 import numpy as np
 from numba import literally  # type: ignore[attr-defined]
 
-from refattn.engines.cpu import dots as steps
-from refattn.engines.cpu import sight, tiles, vectors, work
+from refattn.engines.cpu import columns, lines, shares, sight, tiles, vectors, work
+from refattn.engines.cpu import dots as products
 from refattn.engines.cpu._jit import bare, inner, lanes, stamp
-from refattn.engines.cpu.dots import BYTES, LEAST, PARTS, added, blend, dots, sloped, weights
+from refattn.engines.cpu.columns import LEAST, weights
+from refattn.engines.cpu.dots import blend, dots
+from refattn.engines.cpu.lines import PARTS
 from refattn.engines.cpu.pool import together
-from refattn.engines.cpu.sight import MASKS, NOTHING, POSITIONS, SEGMENTS, see
-from refattn.engines.cpu.tiles import BOTTOM, bend, hide, keep, part
+from refattn.engines.cpu.shares import TILES, Parts, Scratch, begin, bias, in_lines, merge, scratch, share_of, veil
+from refattn.engines.cpu.sight import NOTHING, between, masked
+from refattn.engines.cpu.tiles import bend
 from refattn.engines.cpu.vectors import FLOAT32, take
-from refattn.engines.cpu.work import KEYS, LN2, LOG2E, Array, Arrays, Ends, Results, Rows, own
+from refattn.engines.cpu.work import KEYS, Array, Arrays, Ends, Results, Rows
 
-MOST = 16  # rows of a key head
-_LEAST = 512  # keys in a share, but for the last
-_SHORT, _LONG = 1024, 8192  # bytes that are brought near ahead of one pass, and of several
-_TILES = 1  # of keys whose weights are made together
-_TASKS = 128  # shares wanted in all, so that threads end together
-
-
-class Parts(NamedTuple):
-    """What shares leave: top and total (B·Hkv·shares, R), o (B·Hkv·shares, R, W), W being Dv in whole lines.
-
-    ends (B·Hkv,) int64: how many shares of a key head have ended.
-    """
-
-    top: Array
-    total: Array
-    o: Array
-    ends: Array
-
-
-class Scratch(NamedTuple):
-    """A thread's scratch for R rows and several tiles of keys.
-
-    q (R, D in whole lines), s (_TILES, R, KEYS), a bias (R, KEYS), sums (R, lanes); factor, ones and slope, a number for
-    each row; place, segment (R,) int32; at (KEYS,) int32 positions or segments of keys; first (_TILES,) int32 where
-    tiles begin.
-    """
-
-    q: Array
-    s: Array
-    bias: Array
-    sums: Array
-    factor: Array
-    ones: Array
-    slope: Array
-    place: Array
-    segment: Array
-    at: Array
-    first: Array
-
-
-@own
-def scratch(count: int, depth: int) -> Scratch:
-    """Scratch for so many rows, each part from a whole line of the cache on."""
-    shapes = [(count, depth), (_TILES, count, KEYS), (count, KEYS), (count, lanes()), *[(count,)] * 5, (KEYS,), (_TILES,)]
-    sizes = [math.prod(shape) for shape in shapes]
-    starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
-    memory = np.empty(starts[-1] + 16, np.float32)
-    skipped = -memory.ctypes.data // 4 % 16
-    found = [
-        memory[skipped + start : skipped + start + size].reshape(shape)
-        for start, size, shape in zip(starts, sizes, shapes, strict=False)
-    ]
-    found[5][:] = 1.0
-    return Scratch(*found[:7], *(a.view(np.int32) for a in found[7:]))
-
-
-def in_lines(size: int, storage: int) -> int:
-    """Numbers of a row in whole lines."""
-    line = lanes() * PARTS[storage]
-    return -(-size // line) * line
-
-
-def share_of(heads: int, lk: int) -> int:
-    """Keys in a share, whole tiles: `heads` counts the key heads of all batches."""
-    return max(_LEAST, -(-lk * heads // _TASKS // KEYS) * KEYS)
+MOST = 16  # of a key head at most
+_ROWS_AHEAD = 4  # rows of k and v that are brought near ahead of a single pass over them
+_BYTES_AHEAD = 8192  # the same where several passes share what was read
 
 
 def suits(heads: int, groups: int, lq: int) -> bool:
@@ -125,220 +63,87 @@ def run(x: Arrays, storage: int = FLOAT32) -> tuple[Array, Array, Array]:
     return out, lse, redo
 
 
-@inner
-def place_of(d: int, lane: int, parts: int) -> int:
-    """Where number d of a row stands in lines of `parts` vectors of `lane` numbers; all powers of two."""
-    line = lane * parts
-    place: int = (d & -line) + (d & parts - 1) * lane + (d & line - 1) // parts
-    return place
-
-
-@inner
-def begin(x: Arrays, tile: Scratch, at: Rows, lane: int, parts: int) -> Ends:
-    """Begin a share: the rows of a key head, q by lines."""
-    lq, depth, b = x.sizes[3], x.sizes[5], at.b
-    least, greatest, low, high = 1 << 40, -(1 << 40), 1 << 40, -(1 << 40)
-    for r in range(at.rows):
-        i, h = r % lq, at.h + r // lq
-        tile.place[r] = place = x.q_at[b % x.q_at.shape[0], i]
-        tile.segment[r] = segment = x.q_segment[b % x.q_segment.shape[0], i]
-        tile.slope[r] = x.slopes[h]
-        if i < x.q_length[b]:
-            least, greatest = min(least, place), max(greatest, place)
-            low, high = min(low, segment), max(high, segment)
-        q = tile.q[r]
-        q[:] = 0.0
-        for d in range(depth):
-            q[place_of(d, lane, parts)] = np.float32(x.sign) * x.q[(at.first + r) * depth + d]
-    return Ends(least, greatest, low, high)
-
-
-@inner
-def veil(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: int, kinds: int) -> None:
-    """−∞ in the logits at the address s for pairs that are masked; `kinds` as `sight.see` says."""
-    literally(shape)
-    lq = x.sizes[3]
-    if kinds & POSITIONS:
-        low, high = x.span
-        copy(tile.at, x.k_at[at.b % x.k_at.shape[0]], j, count)
-        hide(shape, s, at.rows, tile.place.ctypes.data, tile.at.ctypes.data, -high, high - low)
-    if kinds & SEGMENTS:
-        copy(tile.at, x.k_segment[at.b % x.k_segment.shape[0]], j, count)
-        part(shape, s, at.rows, tile.segment.ctypes.data, tile.at.ctypes.data)
-    if kinds & MASKS:
-        for m in range(x.mask_strides.shape[0]):
-            start, of_b, of_h, of_i, of_j = x.mask_strides[m]
-            for r in range(at.rows):
-                first = start + at.b * of_b + (at.h + r // lq) * of_h + r % lq * of_i + j * of_j
-                for n in range(count):
-                    tile.bias[r, n] = 0.0 if x.masks[first + n * of_j] else -np.inf
-            keep(shape, s, at.rows, tile.bias.ctypes.data)
-
-
-@inner
-def copy(to: Array, numbers: Array, j: int, count: int) -> None:
-    """Numbers j to j + count."""
-    for n in range(count):
-        to[n] = numbers[j + n]
-
-
-@inner
-def bias(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: int) -> None:
-    """Add all biases of a tile to its logits at the address s."""
-    literally(shape)
-    lq, b = x.sizes[3], at.b
-    places = x.k_at[b % x.k_at.shape[0]]
-    if x.sloping:
-        copy(tile.at, places, j, count)
-        sloped(shape, s, at.rows, tile.at.ctypes.data, tile.place.ctypes.data, tile.slope.ctypes.data)
-    if x.table.shape[1] > 0:
-        for r in range(at.rows):
-            h, column = at.h + r // lq, x.zero + tile.place[r]
-            for n in range(count):
-                tile.bias[r, n] = x.table[h, column - places[j + n]]
-        added(shape, s, at.rows, tile.bias.ctypes.data, np.float32(1.0))
-    for m in range(x.bias_strides.shape[0]):
-        start, of_b, of_h, of_i, of_j = x.bias_strides[m]
-        for r in range(at.rows):
-            first = start + b * of_b + (at.h + r // lq) * of_h + r % lq * of_i + j * of_j
-            for n in range(count):
-                tile.bias[r, n] = x.biases[first + n * of_j]
-        added(shape, s, at.rows, tile.bias.ctypes.data, np.float32(LOG2E))
-
-
-@inner
-def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane: int, lines: int) -> None:
-    """Results of the rows of a key head from the parts of its shares; v's numbers lie in o as in `dots`."""
-    _, _, groups, lq, _, _, width = x.sizes
-    first, line = (at.b * groups + at.g) * shares, lane * lines
-    for r in range(at.rows):
-        row, sink = at.first + r, x.sink[at.h + r // lq]
-        out = results.out[row * width : (row + 1) * width]
-        out[:] = 0.0
-        top = np.float32(LEAST if sink == BOTTOM else sink)
-        dead = r % lq >= x.q_length[at.b]
-        if not dead:
-            for n in range(shares):
-                top = max(top, parts.top[first + n, r])
-        total = 0.0 if sink == BOTTOM else 2.0 ** (float(sink) - float(top))
-        if not dead:
-            for n in range(shares):
-                total += parts.total[first + n, r] * 2.0 ** (float(parts.top[first + n, r]) - float(top))
-        good = math.isfinite(total)
-        if total != 0.0 and not dead:
-            # The sum goes into the first share's part, and from there in order to the results.
-            o = parts.o[first, r]
-            for n in range(shares):
-                factor = np.float32(2.0 ** (float(parts.top[first + n, r]) - float(top)) / total)
-                other = parts.o[first + n, r]
-                for d in range(o.size):
-                    o[d] = factor * other[d] + (o[d] if n > 0 else np.float32(0.0))
-            strange = np.float32(0.0)
-            for d in range(width):
-                out[d] = o[place_of(d, lane, lines)]
-                strange += out[d] * np.float32(0.0)
-            good = good and strange == 0.0
-        results.redo[row] = not good
-        results.lse[row] = -np.inf if total == 0.0 else LN2 * (float(top) + math.log2(total))
-
-
-@inner
-def visible(
-    shape: int, x: Arrays, room: Array, at: Rows, ends: Ends, n: int, stop: int, keys: int
-) -> tuple[int, int]:
-    """The first tile of keys from n on, before `stop`, of which a row sees some, and what hides pairs of it."""
-    literally(shape)
-    while n < stop:
-        kinds = see(shape, x, room, at, ends, n, min(KEYS, keys - n * KEYS))
-        if kinds != NOTHING:
-            return n, kinds
-        n += 1
-    return n, NOTHING
-
-
 @cache
 def kernel(lane: int, storage: int) -> Callable[..., int]:
     """The compiled pass for vectors of so many lanes and a storage; threads share the counter of one number."""
-    SHAPE = storage << 24 | lane << 16 | KEYS // lane << 8
-    ONE, TWO, FOUR = SHAPE | 1, SHAPE | 2, SHAPE | 4
-    LANES, LINES, SIZE = lane, PARTS[storage], BYTES[storage]
-    TILES, SHORT, LONG = _TILES, _SHORT, _LONG
-    VERSION = stamp(sight, steps, tiles, vectors, work)
+    SHAPE, LANES, LINES = storage << 24 | lane << 16 | KEYS // lane << 8, lane, PARTS[storage]
+    VERSION = stamp(columns, lines, products, shares, sight, tiles, vectors, work)
 
     @bare
     def decode(x: Arrays, results: Results, parts: Parts, tile: Scratch, share: int, counter: Array) -> int:
-        batch, heads, groups, lq, lk, depth, width = x.sizes
-        shares, tasks, count = -(-lk // share), parts.top.shape[0], parts.top.shape[1]
-        q, s, line, bent = tile.q.ctypes.data, tile.s.ctypes.data, 4 * tile.q.shape[1], x.cap[0] > 0
-        sums, factor, ones = tile.sums.ctypes.data, tile.factor.ctypes.data, tile.ones.ctypes.data
-        o_line, row, whole = 4 * parts.o.shape[2], 4 * KEYS, 4 * KEYS * count
-        c = np.float32(x.cap[0] if bent else x.unit)
-        k_size, v_size = depth * SIZE, width * SIZE
-        # Several passes over the same keys take them in small steps, so that they are read from memory once.
-        step, ahead = (KEYS, SHORT) if count <= 2 else (LANES, LONG)
-        k_ahead, v_ahead = -(-ahead // k_size) * k_size, -(-ahead // v_size) * v_size
+        _, heads, groups, lq, lk, _, _ = x.sizes
+        each, rows = -(-lk // share), parts.top.shape[1]
         while True:
             task = take(counter.ctypes.data)
-            if task >= tasks:
+            if task >= parts.top.shape[0]:
                 break
-            b, g = task // (groups * shares), task // shares % groups
+            b, g, first = task // (groups * each), task // each % groups, task % each * share
             h = g * (heads // groups)
-            at = Rows(b, g, h, 0, (b * heads + h) * lq, count, count == lq)
+            at = Rows(b, g, h, 0, (b * heads + h) * lq, rows, rows == lq)
             ends = begin(x, tile, at, LANES, LINES)
-            keys = x.k_length[b] if ends.least <= ends.greatest else 0
-            n, stop = task % shares * (share // KEYS), -(-min(keys, (task % shares + 1) * share) // KEYS)
-            top, o = parts.top[task].ctypes.data, parts.o[task].ctypes.data
             parts.top[task] = LEAST
             parts.o[task] = 0.0
             tile.sums[:] = 0.0
-            k, v = x.k.ctypes.data + (b * groups + g) * lk * k_size, x.v.ctypes.data + (b * groups + g) * lk * v_size
-            n, kinds = visible(SHAPE, x, tile.bias[0], at, ends, n, stop, keys)
-            while n < stop:
-                used = 0
-                while used < TILES and n < stop:
-                    j, many, here = n * KEYS, min(KEYS, keys - n * KEYS), s + used * whole
-                    a = k + j * k_size
-                    for m in range(0, many, step):
-                        some, near = min(step, many - m), k_ahead
-                        for r in range(0, count - 3, 4):
-                            dots(FOUR, here + row * r + 4 * m, q + line * r, line, a + m * k_size, near, some, depth, c)
-                            near = 0
-                        if count & 2:
-                            r = count & ~3
-                            dots(TWO, here + row * r + 4 * m, q + line * r, line, a + m * k_size, near, some, depth, c)
-                            near = 0
-                        if count & 1:
-                            r = count - 1
-                            dots(ONE, here + row * r + 4 * m, q + line * r, line, a + m * k_size, near, some, depth, c)
-                    if bent:
-                        bend(SHAPE, here, count, np.float32(1.0), np.float32(x.cap[1]))
-                    bias(SHAPE, x, tile, here, at, j, many)
-                    veil(SHAPE, x, tile, here, at, j, many, kinds)
-                    for r in range(count):
-                        for m in range(many, KEYS):
-                            tile.s[used, r, m] = -np.inf
-                    tile.first[used] = j
-                    used += 1
-                    n, kinds = visible(SHAPE, x, tile.bias[0], at, ends, n + 1, stop, keys)
-                weights(SHAPE, s, whole, used, top, sums, factor, count)
-                for t in range(used):
-                    j, many, here = tile.first[t], min(KEYS, keys - tile.first[t]), s + t * whole
-                    for m in range(0, many, step):
-                        some, near, by = min(step, many - m), v_ahead, factor if t + m == 0 else ones
-                        a, w = v + (j + m) * v_size, here + 4 * m
-                        for r in range(0, count - 1, 2):
-                            blend(TWO, o + o_line * r, o_line, by + 4 * r, w + row * r, a, near, some, width)
-                            near = 0
-                        if count & 1:
-                            r = count - 1
-                            blend(ONE, o + o_line * r, o_line, by + 4 * r, w + row * r, a, near, some, width)
-            for r in range(count):
+            if ends.least <= ends.greatest:
+                stop = min(first + share, x.k_length[b])
+                attend(SHAPE, x, tile, at, ends, parts.top[task], parts.o[task], first, stop)
+            for r in range(rows):
                 total = np.float32(0.0)
-                for lane in range(LANES):
-                    total += tile.sums[r, lane]
+                for n in range(LANES):
+                    total += tile.sums[r, n]
                 parts.total[task, r] = total
-            if take(parts.ends.ctypes.data + 8 * (b * groups + g)) == shares - 1:
-                merge(x, results, parts, at, shares, LANES, LINES)
+            if take(parts.ends.ctypes.data + 8 * (b * groups + g)) == each - 1:
+                merge(x, results, parts, at, each, LANES, LINES)
         return VERSION
 
     return decode
+
+
+@inner
+def attend(
+    shape: int, x: Arrays, tile: Scratch, at: Rows, ends: Ends, top: Array, o: Array, first: int, stop: int
+) -> None:
+    """Take the keys from `first`, where a tile begins, to `stop` into a share's part."""
+    literally(shape)
+    k_size, v_size = x.sizes[5] * x.k.itemsize, x.sizes[6] * x.v.itemsize
+    start = (at.b * x.sizes[2] + at.g) * x.sizes[4]
+    k, v = x.k.ctypes.data + start * k_size, x.v.ctypes.data + start * v_size
+    # Several passes over the same keys take them in small steps, so that they are read from memory once.
+    step = KEYS if at.rows <= 2 else shape >> 16 & 255
+    k_near = k_size * (_ROWS_AHEAD if at.rows <= 2 else -(-_BYTES_AHEAD // k_size))
+    v_near = v_size * (_ROWS_AHEAD if at.rows <= 2 else -(-_BYTES_AHEAD // v_size))
+    k_ends, k_parts = x.k_ends[at.b % x.k_ends.shape[0]], x.k_parts[at.b % x.k_parts.shape[0]]
+    q, q_line, o_line = tile.q.ctypes.data, 4 * tile.q.shape[1], 4 * o.shape[1]
+    s, size, used = tile.s.ctypes.data, 4 * KEYS * at.rows, 0
+    bent, biased = x.cap[0] > 0, x.sloping or x.table.shape[1] + x.bias_strides.shape[0] > 0
+    c = np.float32(x.cap[0] if bent else x.unit)
+    for j in range(first, stop, KEYS):
+        n, count, here = j // KEYS, min(KEYS, stop - j), s + used * size
+        kinds = between(x.span, ends, k_ends[n, 0], k_ends[n, 1], k_parts[n, 0], k_parts[n, 1])
+        if kinds != NOTHING and x.mask_strides.shape[0] > 0:
+            kinds = masked(shape, x, tile.bias[0], at, j, count, kinds)
+        if kinds != NOTHING:
+            for m in range(0, count, step):
+                many, at_k = min(step, count - m), k + (j + m) * k_size
+                dots(shape, here + 4 * m, q, q_line, at.rows, at_k, k_near, many, x.sizes[5], c)
+            if bent:
+                bend(shape, here, at.rows, np.float32(1.0), np.float32(x.cap[1]))
+            # A call that hands over all arrays takes as long as some keys: none for what the plan has not.
+            if biased:
+                bias(shape, x, tile, here, at, j, count)
+            if kinds:
+                veil(shape, x, tile, here, at, j, count, kinds)
+            for r in range(at.rows):
+                tile.s[used, r, count:] = -np.inf
+            tile.first[used] = j
+            used += 1
+        if used == TILES or (j + KEYS >= stop and used > 0):
+            weights(shape, s, size, used, top.ctypes.data, tile.sums.ctypes.data, tile.factor.ctypes.data, at.rows)
+            for t in range(used):
+                begun, here = tile.first[t], s + t * size
+                count = min(KEYS, stop - begun)
+                for m in range(0, count, step):
+                    by = tile.factor.ctypes.data if t + m == 0 else tile.ones.ctypes.data
+                    many, at_v, w = min(step, count - m), v + (begun + m) * v_size, here + 4 * m
+                    blend(shape, o.ctypes.data, o_line, by, w, at.rows, at_v, v_near, many, x.sizes[6])
+            used = 0

@@ -68,12 +68,12 @@ class Lanes:
         """Store a vector."""
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=4)
 
-    def ahead(self, address: Any, *, writing: bool = False) -> None:
-        """Have the line at an address brought near; it need not exist."""
+    def ahead(self, address: Any, *, writing: bool = False, locality: int = 3) -> None:
+        """Have the line at an address brought near, to cache number 4 − locality; it need not exist."""
         byte, name = I8.as_pointer(), "llvm.prefetch.p0"
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         function = self.b.module.globals.get(name) or ir.Function(self.b.module, kind, name)
-        self.b.call(function, [self.b.inttoptr(address, byte), I32(int(writing)), I32(3), I32(1)])
+        self.b.call(function, [self.b.inttoptr(address, byte), I32(int(writing)), I32(locality), I32(1)])
 
     def loads(self, address: Any) -> list[Any]:
         """A tile's row."""

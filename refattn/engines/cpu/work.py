@@ -34,6 +34,8 @@ class Arrays(NamedTuple):
 
     Times log₂e: slopes (Hq,) and table (Hq, n), from the greatest difference down, its column `zero` for the difference
     0, n = 0 for none, and if `evenly`, positions of queries and keys go up by one; sink (Hq,), `BOTTOM` for none.
+    offset: what a sigmoid, if there is one in the softmax's place, adds to logits.
+
     biases, masks: stacks as in `operands.Operands`; −∞ in a bias masks.
     """
 
@@ -63,6 +65,8 @@ class Arrays(NamedTuple):
     masks: Array
     mask_strides: Array
     sink: Array
+    sigmoid: bool
+    offset: float
 
 
 class Results(NamedTuple):
@@ -210,7 +214,8 @@ def lay(x: Arrays, tile: Tile, at: Rows) -> None:
         tile.segment[r] = x.q_segment[at.b % x.q_segment.shape[0], i]
         tile.slope[r] = x.slopes[h]
         tile.top[r] = x.sink[h]
-        tile.total[r] = 0.0 if x.sink[h] == BOTTOM else 1.0
+        tile.total[r] = 1.0 if x.sigmoid or x.sink[h] != BOTTOM else 0.0
+        tile.factor[r] = 1.0
 
 
 @inner
