@@ -15,7 +15,7 @@ from refattn.engines.cpu.columns import LEAST, added, sloped
 from refattn.engines.cpu.lines import PARTS
 from refattn.engines.cpu.sight import MASKS, POSITIONS, SEGMENTS
 from refattn.engines.cpu.tiles import BOTTOM, hide, keep, part
-from refattn.engines.cpu.work import KEYS, LN2, LOG2E, Array, Arrays, Ends, Results, Rows
+from refattn.engines.cpu.work import KEYS, LN2, LOG2E, Array, Arrays, Ends, Results, Rows, own
 
 TILES = 8  # of keys whose weights are made together
 _LEAST = 512  # keys in a share, but for the last
@@ -54,6 +54,7 @@ class Scratch(NamedTuple):
     first: Array
 
 
+@own
 def scratch(count: int, depth: int) -> Scratch:
     """Scratch for so many rows, each part from a whole line of the cache on."""
     tiles = [(TILES, count, KEYS), (count, KEYS), (count, lanes())]

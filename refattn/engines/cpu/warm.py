@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from refattn.engines.cpu import _jit, decode, fast, forward, score, skipping, storage
+from refattn.engines.cpu import _jit, adjoint, backward, decode, fast, forward, score, skipping, storage
 from refattn.engines.cpu.operands import prepare
-from refattn.plan import Score, Slope
+from refattn.plan import Bias, Dense, Score, Slope
 
 _SIZE = 8  # numbers in a vector, and heads that share a key head
 
@@ -48,11 +48,19 @@ def kernels() -> Iterator[Kernel]:
         if code:
             functions = tuple(storage._converter(lane << 16 | code << 24, widening) for widening in (True, False))
             yield Kernel(f"conversion of {kind}", functions, partial(_convert, kind))
+        for lq in (_LONG, 1):
+            shape = forward.shape_for(1, lq, code)
+            name = f"forward, {shape.rows} queries a tile, {kind}"
+            yield Kernel(name, (forward.kernel(shape),), partial(_run, kind, lq, _LONG, normalizer="sigmoid"))
         shape = forward.shape_for(1, _LONG, code)
-        yield Kernel(f"forward, {kind}", (forward.kernel(shape),), partial(_run, kind, _LONG, _LONG))
         norms = (skipping._measure(shape.width << 16 | 1 << 8 | 1 | code << 24),)
-        yield Kernel(f"norms of keys, {kind}", norms, partial(_run, kind, skipping.SHORTEST, skipping.SHORTEST, True))
+        yield Kernel(f"norms of keys, {kind}", norms, partial(_run, kind, skipping.SHORTEST, skipping.SHORTEST, (Slope(slopes=np.ones(1)),)))
         yield Kernel(f"decode, {kind}", (decode.kernel(lane, code),), partial(_run, kind, 1, _LONG))
+    for lq in (_LONG, 2):
+        shape = forward.shape_for(1, lq)
+        functions = backward.kernel(shape), backward.by_pair(shape)
+        yield Kernel(f"backward, {shape.rows} queries a tile", functions, partial(_backward, lq))
+    yield Kernel("sum of parts", (backward.total,), _sum)
     for kind, (name, call) in product((np.float32, np.float64), _BY_ROW.items()):
         function = getattr(score, name)
         yield Kernel(f"{name} row by row, {kind.__name__}", (function,), partial(call, function, kind))
@@ -68,15 +76,26 @@ def folder() -> Path | None:
 _LONG = 2 * decode.MOST  # rows that are too many for `decode`
 
 
-def _plan(kind: Any, lq: int, lk: int, falling: bool = False) -> Score:
+def _plan(kind: Any, lq: int, lk: int, bias: tuple[Bias, ...] = (), normalizer: Any = "softmax") -> Score:
     q, k = (np.ones((1, 1, length, _SIZE), kind) for length in (lq, lk))
-    bias = (Slope(slopes=np.ones(1)),) if falling else ()
-    return Score(q=q, k=k, v=k, scale=1.0, positions=(np.arange(lq)[None], np.arange(lk)[None]), bias=bias)
+    positions = np.arange(lq)[None], np.arange(lk)[None]
+    return Score(q=q, k=k, v=k, scale=1.0, positions=positions, bias=bias, normalizer=normalizer)
 
 
-def _run(kind: Any, lq: int, lk: int, falling: bool = False) -> None:
-    plan = _plan(kind, lq, lk, falling)
+def _run(kind: Any, lq: int, lk: int, bias: tuple[Bias, ...] = (), normalizer: Any = "softmax") -> None:
+    plan = _plan(kind, lq, lk, bias, normalizer)
     fast.run(plan, plan.q.astype(np.float32), plan.k, plan.v)
+
+
+def _backward(lq: int) -> None:
+    plan = _plan(np.float32, lq, _LONG, (Dense(values=np.zeros((lq, _LONG))),))
+    given = adjoint.Pass(plan.q, plan.k, plan.v, plan.q, plan.q[..., 0].copy(), plan.q, plan.q[..., 0].copy())
+    adjoint.gradients(plan, given, {"q", "k", "v", "bias.0"})
+
+
+def _sum() -> None:
+    for kind in (np.float32, np.float64):
+        adjoint._summed(np.zeros((2, _SIZE), kind))
 
 
 def _convert(kind: np.dtype[Any]) -> None:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import wraps
 from itertools import accumulate
 from threading import local
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,7 @@ from refattn.engines.cpu._jit import inner
 from refattn.engines.cpu.tiles import BOTTOM
 
 Array = NDArray[Any]
+Made = TypeVar("Made")
 
 KEYS = 64  # of a tile
 LN2, LOG2E = math.log(2.0), 1 / math.log(2.0)
@@ -124,24 +127,23 @@ class Tile(NamedTuple):
     segment: Array
 
 
-class _Own(local):
-    """The scratch that a thread used last."""
+def own(make: Callable[..., Made]) -> Callable[..., Made]:
+    """Scratch that a thread keeps for its next call of the same sizes, which reads nothing that this one left."""
+    last = local()
 
-    made: tuple[tuple[int, ...], Tile] | None = None
+    @wraps(make)
+    def found(*sizes: int) -> Made:
+        if last.__dict__.get("sizes") != sizes:
+            last.made, last.sizes = make(*sizes), sizes
+        return cast("Made", last.made)
+
+    found.last = last  # type: ignore[attr-defined]
+    return found
 
 
-_own = _Own()
-
-
+@own
 def scratch(rows: int, depth: int, width: int, storage: int) -> Tile:
-    """Scratch of this thread, each part from a whole line of the cache on; nobody reads what an earlier call left."""
-    key = rows, depth, width, storage
-    if _own.made is None or _own.made[0] != key:
-        _own.made = key, _tile(*key)
-    return _own.made[1]
-
-
-def _tile(rows: int, depth: int, width: int, storage: int) -> Tile:
+    """Scratch of a thread, each part from a whole line of the cache on."""
     wide = [KEYS * depth, KEYS * width] if storage else [0, 0]
     sizes = [*(rows * n for n in (depth, width, KEYS, KEYS)), *wide, *[rows] * 9]
     starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
