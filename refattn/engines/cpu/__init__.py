@@ -101,7 +101,7 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
         q, k, v = plan.q, plan.k, plan.v
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(replace(plan, q=q, k=k, v=v), kind))
-    given, q, few = {"q": q, "k": k, "v": v}, widened(q), decode.suits(q.shape[1], k.shape[1], q.shape[2])
+    given, q, few = {"q": q, "k": k, "v": v}, widened(q), decode.suits(q.shape[1], k.shape[1], q.shape[2], k.shape[2])
     if k.dtype != v.dtype or storage_of(k) is None or not (few or finite(k)):
         k, v = widened(k), widened(v)
     q, k, v = (converted(leaf, leaf.dtype) for leaf in (q, k, v))

@@ -69,7 +69,7 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
     x = arrays(plan, q, k, v)
     batch, heads, groups, lq, lk, depth, width = x.sizes
     storage = storage_of(k) or FLOAT32
-    if decode.suits(heads, groups, lq):
+    if decode.suits(heads, groups, lq, lk):
         return decode.run(x, storage)
     out, lse = np.empty((batch, heads, lq, width), np.float32), np.empty(q.shape[:3], np.float32)
     redo, counter = np.empty(q.shape[:3], np.bool_), np.zeros(1, np.int64)
