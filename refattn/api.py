@@ -125,11 +125,11 @@ def attention(
     packing = _numpy({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
     arrays, q_at = layouts.inward(_numpy(given), layout, **packing)
     options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "keep_probability": probability}
-    whole = registry.spec("sdpa", rotary=rotary, bias=terms, **options)
-    others = [name for name in registry.info("sdpa").module.signature(whole) if name not in given]
-    if others:
-        inputs = ", ".join(f"{name!r}: ..." for name in others)
-        raise SpecError(f"attention has no argument for {', '.join(others)}: evaluate(SDPA(...), {{'q': q, {inputs}}})")
+    whole = None
+    with suppress(TypeError):  # of an option that has no hash
+        whole = _sdpa(rotary, terms, _kinds(window), **options)
+    if whole is None:
+        whole = _sdpa.__wrapped__(rotary, terms, (), **options)
     out = _run(build(whole, arrays, dtype, ("out",)), engine)["out"]
     return from_numpy(np.ascontiguousarray(layouts.outward(out, layout, q_at)), q)
 
@@ -244,26 +244,22 @@ def build(spec: Spec, arrays: Mapping[str, Any], dtype: Any, want: tuple[str, ..
 
     `length` tokens have gone before; the arrays of the state after them stand among the others as state_<name>.
     """
-    shaped = tuple((name, Shaped(a.shape, a.dtype)) for name, a in arrays.items())
+    shaped = tuple([(name, a.shape, a.dtype) for name, a in arrays.items()])
     form = None
     with suppress(TypeError):  # of a spec that has no hash
-        form = _form(spec, shaped, length)
+        form = _form(spec, shaped, dtype, want, length)
     if form is None:
-        form = _form.__wrapped__(spec, shaped, length)
+        form = _form.__wrapped__(spec, shaped, dtype, want, length)
     if form.bounded:
         within(form.bounded, {name: arrays[name] for name in form.bounded}, form.sizes)
     if hasattr(form.module, "validate"):
         form.module.validate(form.spec, arrays)
-    unknown = sorted(set(want) - set(form.offered))
-    if unknown:
-        raise SpecError(f"want names {unknown[0]!r}; {form.spec.variant} offers {', '.join(form.offered)}")
-    asked = np.dtype(format_of(arrays[form.first].dtype if dtype is None else dtype).numpy)
     return Problem(
         spec=form.spec,
         variant=form.module,
         inputs=dict(arrays),
         sizes=dict(form.sizes),
-        dtype=asked,
+        dtype=form.dtype,
         want=want,
         length=length,
     )
@@ -272,29 +268,32 @@ def build(spec: Spec, arrays: Mapping[str, Any], dtype: Any, want: tuple[str, ..
 class _Form(NamedTuple):
     """What a problem is before any number is read: equal for equal specs and shapes.
 
-    bounded: the arrays whose values lie in a domain; offered: names of outputs; first: name of the array whose dtype
-    is the default one.
+    bounded: the arrays whose values lie in a domain; dtype: of the results.
     """
 
     spec: Spec
     module: Any
     sizes: Mapping[str, int]
     bounded: Mapping[str, Array]
-    offered: tuple[str, ...]
-    first: str
+    dtype: np.dtype[Any]
 
 
 @lru_cache(maxsize=256)
-def _form(spec: Spec, shaped: tuple[tuple[str, Shaped], ...], length: int) -> _Form:
+def _form(spec: Spec, shaped: tuple[tuple[str, Any, Any], ...], dtype: Any, want: Any, length: int) -> _Form:
     whole, module = _whole(spec)
-    arrays = dict(shaped)
+    arrays = {name: Shaped(shape, kind) for name, shape, kind in shaped}
     given = state_arrays(module, whole, length) if any(name.startswith("state_") for name in arrays) else {}
     signature = module.signature(whole) | given
     sizes = fit(signature, arrays)
     resolved = module.resolve(whole, sizes)
     bounded = {name: signature[name] for name in arrays if signature[name].domain != "any"}
-    offered = (*module.outputs(resolved), *(["state"] if hasattr(module, "state") else []))
-    return _Form(resolved, module, sizes, bounded, offered, next(iter(module.signature(resolved))))
+    offered = [*module.outputs(resolved), *(["state"] if hasattr(module, "state") else [])]
+    unknown = sorted(set(want) - set(offered))
+    if unknown:
+        raise SpecError(f"want names {unknown[0]!r}; {resolved.variant} offers {', '.join(offered)}")
+    first = next(iter(module.signature(resolved)))
+    asked = np.dtype(format_of(arrays[first].dtype if dtype is None else dtype).numpy)
+    return _Form(resolved, module, sizes, bounded, asked)
 
 
 def _run(problem: Problem, engine: str, state_dtype: Any = None) -> Outputs:
@@ -325,7 +324,6 @@ def _engine(name: str, problem: Problem) -> Any:
 def _rounded(outputs: Outputs, problem: Problem, state_dtype: Any = None) -> Outputs:
     """Each output rounded once: to the problem's dtype, lse to float64 or float32, a state to its own; or int64."""
     wide = np.dtype(np.float64 if problem.dtype == np.float64 else np.float32)
-    integers = problem.integer_outputs
 
     def rounded(name: str, array: Any) -> Any:
         dtype = wide if name == "lse" else problem.dtype
@@ -334,9 +332,11 @@ def _rounded(outputs: Outputs, problem: Problem, state_dtype: Any = None) -> Out
             # The caches of a float64 stream are not touched, so not copied.
             if dtype == array.dtype:
                 return array
-        if array.dtype == np.float32 == dtype and np.isfinite(array).all():
+        if array.dtype == np.float32 == dtype:
             return array
-        return array.astype(np.int64) if name in integers else round_to(array.astype(np.float64, copy=False), dtype)
+        if name in problem.integer_outputs:
+            return array.astype(np.int64)
+        return round_to(array.astype(np.float64, copy=False), dtype)
 
     return Outputs({n: rounded(n, a) for n, a in outputs.items()}, outputs.status)
 
@@ -373,6 +373,26 @@ def _names(what: str, given: Any) -> tuple[str, ...]:
 
 def _numpy(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: to_numpy(a, name) for name, a in given.items() if a is not None}
+
+
+_ARGUMENTS = frozenset(
+    "q k v bias mask sink keep q_lengths kv_lengths q_positions k_positions q_segment_ids k_segment_ids".split()
+)
+
+
+@lru_cache(maxsize=256, typed=True)
+def _sdpa(rotary: Any, terms: tuple[Spec, ...], kinds: Any, **options: Any) -> Spec:
+    """The Spec of one attention call; `kinds` tells windows apart that are equal and not all allowed."""
+    whole = registry.spec("sdpa", rotary=rotary, bias=terms, **options)
+    others = [name for name in registry.info("sdpa").module.signature(whole) if name not in _ARGUMENTS]
+    if others:
+        inputs = ", ".join(f"{name!r}: ..." for name in others)
+        raise SpecError(f"attention has no argument for {', '.join(others)}: evaluate(SDPA(...), {{'q': q, {inputs}}})")
+    return whole
+
+
+def _kinds(option: Any) -> Any:
+    return tuple(map(_kinds, option)) if isinstance(option, tuple) else type(option)
 
 
 def _split_bias(bias: Any) -> tuple[tuple[Spec, ...], Any]:

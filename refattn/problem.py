@@ -184,7 +184,7 @@ class Engine(Protocol):
         """One sentence why not, or None."""
 
     def run(self, problem: Problem) -> Outputs:
-        """The outputs asked for, in float64 (certified: rounded to odd)."""
+        """The outputs asked for, in float64 (certified: rounded to odd), or in float32 with no negative NaN."""
 
     def vjp(
         self,

@@ -30,15 +30,18 @@ class Unread:
         raise TypeError("the array's numbers are read")
 
 
-def outline(problem: Any) -> Score | None:
+def outline(problem: Any, others: Mapping[str, Any] | None = None) -> Score | None:
     """The Score plan with an `Unread` for each of q, k and v; None where lowering reads them, or it is another plan.
 
+    `others` stand in the place of the inputs of their names.
     Where there are no other inputs it depends on the spec and three shapes, and is kept for the next call.
     """
     inputs, lower = problem.inputs, getattr(problem.variant, "lower", None)
-    if not callable(lower) or hasattr(problem.variant, "state") or not {"q", "k", "v"} <= inputs.keys():
+    if not callable(lower) or hasattr(problem.variant, "state"):
         return None
-    shapes = tuple(inputs[n].shape for n in "qkv")
+    if "q" not in inputs or "k" not in inputs or "v" not in inputs:
+        return None
+    shapes = inputs["q"].shape, inputs["k"].shape, inputs["v"].shape
     if len(inputs) == len(shapes):
         try:
             return _kept(lower, problem.spec, shapes)
@@ -47,12 +50,12 @@ def outline(problem: Any) -> Score | None:
         except TypeError:  # of a spec that has no hash
             pass
     real = {n: a.astype(np.float64, copy=False) for n, a in problem.real_inputs().items() if n not in {"q", "k", "v"}}
-    return _lowered(lower, problem.spec, shapes, dict(inputs) | real)
+    return _lowered(lower, problem.spec, shapes, dict(inputs) | real | dict(others or {}))
 
 
-def plan(problem: Any) -> Score | None:
+def plan(problem: Any, others: Mapping[str, Any] | None = None) -> Score | None:
     """The outline with q, k and v of the inputs, in the caller's own dtype."""
-    found = outline(problem)
+    found = outline(problem, others)
     return None if found is None else replace(found, **{n: problem.inputs[n] for n in "qkv"})
 
 

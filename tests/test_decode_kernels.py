@@ -71,11 +71,11 @@ def test_widths_that_fill_no_line(depth, stored, rng, poisoned):
 
 
 def test_few_rows_are_taken_and_with_few_keys_fewer():
-    assert decode.suits(32, 8, 1, 1)
-    assert decode.suits(16, 1, 1, 512)
-    assert not decode.suits(16, 1, 1, 511)
-    assert decode.suits(8, 8, 8, 128)
-    assert not decode.suits(17, 1, 1, 1 << 20)
+    assert decode.suits(4, 1)
+    assert decode.suits(8, 128)
+    assert decode.suits(16, 512)
+    assert not decode.suits(16, 511)
+    assert not decode.suits(17, 1 << 20)
 
 
 def test_no_keys(rng):

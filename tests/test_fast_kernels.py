@@ -33,6 +33,7 @@ from refattn.engines.cpu import (
     vectors,
     work,
 )
+from refattn.engines.cpu.tiles import squash
 from refattn.engines.cpu.vectors import Lanes, inline
 
 UNIT = 2.0**-24
@@ -61,6 +62,12 @@ def run_exponential(to, numbers):
 @numba.njit
 def run_hyperbolic(to, numbers):
     hyperbolic(SHAPE, to.ctypes.data, numbers.ctypes.data, numbers.size // 4)
+
+
+@numba.njit
+def run_squash(to, numbers):
+    to[:] = numbers
+    squash(SHAPE, to.ctypes.data, to.size // 4, np.float32(1.0), np.float32(0.0))
 
 
 def of(run, numbers):
@@ -142,6 +149,11 @@ OPTIONS = {
     "softcap": (ra.SDPA(softcap=2.5), ()),
     "negative scale": (ra.SDPA(scale=-0.75, softcap=1.5), ()),
     "scale 0": (ra.SDPA(scale=0.0), ("bias",)),
+    "sigmoid": (ra.SDPA(causal="top_left", normalizer="sigmoid", sigmoid_bias="keys"), ()),
+    "sigmoid of all": (
+        ra.SDPA(normalizer="sigmoid", sigmoid_bias=-1.5, softcap=4.0, window=(40, 9), bias=(ra.ALiBi(), ra.T5())),
+        ("t5_table", "bias", "mask", "q_segment_ids", "k_segment_ids"),
+    ),
     "all": (
         ra.SDPA(causal="top_left", window=(100, None), softcap=5.0, bias=(ra.ALiBi(), ra.T5())),
         ("t5_table", "bias", "mask", "sink", "q_segment_ids", "k_segment_ids"),
@@ -354,3 +366,30 @@ def test_a_mask_of_blocks_is_skipped_or_left_out_where_it_says_nothing(rng):
     for axes in (np.s_[:1, :, :, :], np.s_[:, :, :1, :]):
         within(ra.SDPA(), clean | {"mask": mask[axes]})
     within(ra.SDPA(), clean | {"mask": mask[:, :, :, 200:201]}, alone=False)
+
+
+@pytest.mark.parametrize("lq", [1, 20, 65])
+def test_a_sigmoid_of_large_logits_and_of_rows_that_see_nothing(lq, rng):
+    """Weights from 0 to 1, some below every float32, and a row without a key is 0."""
+    inputs = qkv(rng, 1, 2, 1, lq, 70, 8, 8)
+    inputs["q"] *= 60
+    mask = rng.random((lq, 70)) < 0.5
+    mask[0] = False
+    found = within(ra.SDPA(normalizer="sigmoid", sigmoid_bias=0.25), inputs | {"mask": mask}, alone=False)
+    assert not found["out"][:, :, 0].any()
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_number_that_is_not_finite_under_a_sigmoid(name, rng):
+    inputs = qkv(rng, 1, 2, 2, 70, 70, 8, 8)
+    inputs[name][0, 1, 66, 3] = np.inf
+    spec = ra.SDPA(causal="top_left", normalizer="sigmoid", sigmoid_bias=0.0)
+    wide = {n: a.astype(np.float64) for n, a in inputs.items()}
+    same(np.isnan(ra.evaluate(spec, inputs, engine="cpu")["out"]), np.isnan(ra.evaluate(spec, wide)["out"]))
+
+
+def test_squash_is_within_six_roundoffs():
+    numbers, found = of(run_squash, np.concatenate([floats(2.0**-40, 125.0, 97), -floats(2.0**-40, 125.0, 97)]))
+    assert (np.abs(found * (1 + np.exp2(-numbers)) - 1) <= 6 * UNIT).all()
+    _, found = of(run_squash, [np.inf, -np.inf, np.nan, -126.5, 126.5, 1e30, -1e30])
+    same(found, np.array([1.0, 0.0, np.nan, 0.0, 1.0, 1.0, 0.0, 1.0]))

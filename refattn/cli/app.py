@@ -13,6 +13,7 @@ from rich.table import Table
 from refattn import registry
 from refattn.cli import golden
 from refattn.cli.validate import validate
+from refattn.cli.warmup import warmup
 from refattn.spec import describe
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.add_typer(golden.app, name="golden")
 app.command()(validate)
+app.command()(warmup)
 console = Console()
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu import decode, fast, score, skipping
+from refattn import unread
+from refattn.engines.cpu import adjoint, fast, score, skipping
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
@@ -73,18 +74,23 @@ def vjp(
     """
     if wrt and problem.no_gradient is not None:
         raise Unsupported(f"engine 'cpu' has no gradients of this {problem.spec.variant}: {problem.no_gradient}")
-    tape, x = Tape(), problem.lift(np.asarray)
-    inputs = {n: tape.variable(x[n]) for n in wrt}
-    lowered: Any = problem.lowered(x | inputs)
-    taped = unpacked(lowered)
+    kind, tape = _kind(problem), Tape()
+    real, own = problem.real_inputs(), set(wrt) & set("qkv")
+    inputs = {n: tape.variable(real[n].astype(np.float64, copy=False)) for n in wrt if n not in own}
+    # Where q, k and v are the plan's own, their cotangents are the gradients.
+    taped: Any = unread.plan(problem, inputs)
+    if taped is None or not (taped.pages is None and taped.k_scale is None and taped.v_scale is None):
+        x, own = problem.lift(np.asarray), set()
+        inputs = {n: tape.variable(x[n]) for n in wrt}
+        lowered: Any = problem.lowered(x | inputs)
+        taped = unpacked(lowered)
     plan = map_leaves(taped, lambda leaf: getattr(leaf, "value", leaf))
-    operands = prepare(plan, _kind(problem))
-    found = _saved(outputs or {}, operands) or _wide(_outputs(plan, plan.q, plan.k, plan.v, _kind(problem)))
+    found = _saved(outputs or {}, plan, kind) or _outputs(plan, plan.q, plan.k, plan.v, kind)
     wanted = {n: leaf for n, leaf in leaves(taped).items() if isinstance(leaf, Variable)}
-    dout, dlse = (_cotangent(cotangents.get(n), shape, operands) for n, shape in _shapes(operands).items())
-    gradients = _backward(plan, operands, dout, dlse, set(wanted))
-    carried = tape.gradients([(leaf, gradients[n]) for n, leaf in wanted.items()], list(inputs.values()))
-    return Outputs(found | {f"d{n}": g for n, g in zip(wrt, carried, strict=True)})
+    gradients = _gradients(plan, kind, found, cotangents, own | set(wanted))
+    pairs = [(leaf, gradients[n].astype(np.float64) if leaf.parents else gradients[n]) for n, leaf in wanted.items()]
+    carried = dict(zip(inputs, tape.gradients(pairs, list(inputs.values())), strict=True))
+    return Outputs(found | {f"d{n}": gradients[n] if n in own else carried[n] for n in wrt})
 
 
 def _kind(problem: Problem) -> type[np.floating[Any]]:
@@ -101,12 +107,18 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
         q, k, v = plan.q, plan.k, plan.v
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(replace(plan, q=q, k=k, v=v), kind))
-    given, q, few = {"q": q, "k": k, "v": v}, widened(q), decode.suits(q.shape[1], k.shape[1], q.shape[2], k.shape[2])
-    if k.dtype != v.dtype or storage_of(k) is None or not (few or finite(k)):
+    given, q, count = {"q": q, "k": k, "v": v}, widened(q), q.shape[1] // k.shape[1] * q.shape[2]
+    few = fast.few(plan, count, k.shape[2])
+    if k.dtype != v.dtype or storage_of(k) is None:
         k, v = widened(k), widened(v)
-    q, k, v = (converted(leaf, leaf.dtype) for leaf in (q, k, v))
-    if not few:
-        q, k = (a if finite(a) else rows(a) for a in (q, k))
+    q, k, v = converted(q, q.dtype), converted(k, k.dtype), converted(v, v.dtype)
+    # A logit of −∞ that a key's infinity makes would count as masked. Those of an infinity in q are all infinite or
+    # NaN, and their row is one of doubt, unless a cap, a sink or a sigmoid makes numbers of them.
+    if not (few or finite(k)):
+        k, v = rows(widened(k)), widened(v)
+    doubted = plan.sink is plan.softcap is None and plan.normalizer == "softmax"
+    if not (few or doubted or finite(q)):
+        q = rows(q)
     out, lse, redo = fast.run(plan, q, k, v)
     if redo.any():
         v = widened(v)
@@ -118,7 +130,8 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
             score.see(again, bad, redo)
         for row in np.flatnonzero(redo).tolist():
             score.forward(again, out, lse, row, row + 1)
-    return {"out": out, "lse": lse}
+        _sign(out, lse)
+    return {"out": out} if plan.normalizer == "sigmoid" else {"out": out, "lse": lse}
 
 
 def _forward(x: Operands) -> dict[str, Floats]:
@@ -126,27 +139,33 @@ def _forward(x: Operands) -> dict[str, Floats]:
     out = np.empty((batch, heads, lq, x.v.shape[3]), x.q.dtype)
     lse = np.empty((batch, heads, lq), x.q.dtype)
     spread(score.forward, (x, out, lse), lse.size, _work(x))
+    _sign(out, lse)
     return {"out": out} if x.sigmoid else {"out": out, "lse": lse}
 
 
-def _wide(outputs: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
-    return {n: a.astype(np.float64) for n, a in outputs.items()}
+def _sign(*outputs: NDArray[Any]) -> None:
+    """Make every NaN the positive one: the sign of a computed NaN differs between processors."""
+    for a in outputs:
+        np.copyto(a, np.nan, where=np.isnan(a))
 
 
-def _saved(outputs: Mapping[str, Any], x: Operands) -> dict[str, Floats] | None:
-    shapes = _shapes(x)
-    if x.sigmoid:
+def _saved(outputs: Mapping[str, Any], plan: Score, kind: type[np.floating[Any]]) -> dict[str, Any] | None:
+    """The outputs of an earlier evaluate, where they are all there and no less precise than what is computed in."""
+    shapes = _shapes(plan)
+    if plan.normalizer != "softmax":
         del shapes["lse"]
     if not set(shapes) <= set(outputs):
         return None
     for n, shape in shapes.items():
         if outputs[n].shape != shape:
             raise ShapeError(f"{n} of an earlier evaluate has shape {outputs[n].shape}, but this problem's has {shape}")
-    return {n: outputs[n].astype(np.float64) for n in shapes}
+    if any(outputs[n].dtype.itemsize < np.dtype(np.float32).itemsize for n in shapes):
+        return None
+    return {n: converted(outputs[n], kind) for n in shapes}
 
 
-def _shapes(x: Operands) -> dict[str, tuple[int, ...]]:
-    return {"out": (*x.q.shape[:3], x.v.shape[3]), "lse": x.q.shape[:3]}
+def _shapes(plan: Score) -> dict[str, tuple[int, ...]]:
+    return {"out": (*plan.q.shape[:3], plan.v.shape[3]), "lse": plan.q.shape[:3]}
 
 
 def _work(x: Operands) -> int:
@@ -154,9 +173,21 @@ def _work(x: Operands) -> int:
     return int(np.prod(x.q.shape[:3])) * int(x.k.shape[2] * (x.q.shape[3] + x.v.shape[3]))
 
 
-def _cotangent(given: Any, shape: tuple[int, ...], x: Operands) -> NDArray[Any]:
-    """A cotangent in the type computed in; zeros where none is given."""
-    return converted(np.zeros(shape) if given is None else given, x.q.dtype)
+def _gradients(
+    plan: Score,
+    kind: type[np.floating[Any]],
+    found: Mapping[str, NDArray[Any]],
+    cotangents: Mapping[str, Any],
+    wanted: set[str],
+) -> dict[str, NDArray[Any]]:
+    """Cotangents of the plan's leaves by the fast kernels where they can, else row by row."""
+    dout, dlse = (converted(cotangents.get(n, np.zeros(s, kind)), kind) for n, s in _shapes(plan).items())
+    if wanted and kind is np.float32 and plan.normalizer == "softmax" and fast.takes(plan):
+        q, k, v, out, lse = (converted(a, kind) for a in (plan.q, plan.k, plan.v, found["out"], found["lse"]))
+        gradients = adjoint.gradients(plan, adjoint.Pass(q, k, v, out, lse, dout, dlse), wanted)
+        if gradients is not None:
+            return gradients
+    return _backward(plan, prepare(plan, kind), dout, dlse, wanted)
 
 
 def _backward(plan: Score, x: Operands, dout: NDArray[Any], dlse: NDArray[Any], wanted: set[str]) -> dict[str, Floats]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ from typing import Any, TypeVar, cast
 import llvmlite
 import numba
 from llvmlite.binding import get_host_cpu_features
+from numba.core.caching import FunctionCache
 from numba.extending import register_jitable
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
@@ -28,7 +30,7 @@ def jit(function: Kernel) -> Kernel:
     the same file, or the kernel closes over the `stamp` of the other ones, else an edited helper would leave the old
     machine code in use.
     """
-    return cast("Kernel", numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+    return cast("Kernel", _kept(numba.njit(nogil=True, error_model="numpy")(function)))
 
 
 def bare(function: Kernel) -> Kernel:
@@ -37,7 +39,7 @@ def bare(function: Kernel) -> Kernel:
     Numba counts one for each array of a tuple at each call, with an atomic operation on memory that all threads share.
     """
     options: dict[str, Any] = {"_nrt": False}
-    return cast("Kernel", numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function))
+    return cast("Kernel", _kept(numba.njit(nogil=True, error_model="numpy", **options)(function)))
 
 
 def inner(function: Kernel) -> Kernel:
@@ -48,6 +50,32 @@ def inner(function: Kernel) -> Kernel:
     """
     options = dict.fromkeys(("nogil", "no_cpython_wrapper", "no_cfunc_wrapper"), True) | {"_nrt": False}
     return register_jitable(error_model="numpy", **options)(function)
+
+
+class _Cache(FunctionCache):
+    """Numba's disk cache, of which a failure costs the time to compile and nothing else."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The machine code of a signature, or None."""
+        try:
+            return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+        except Exception:  # whatever unpickling damaged bytes raises
+            # Saving reads the index too, so a damaged one would never be replaced.
+            with suppress(OSError):
+                self.flush()  # type: ignore[no-untyped-call]
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep the machine code, where there is room and permission."""
+        with suppress(OSError):
+            super().save_overload(sig, data)  # type: ignore[no-untyped-call]
+
+
+def _kept(dispatcher: Any) -> Any:
+    """With a disk cache, where a folder for it can be written."""
+    with suppress(RuntimeError):  # there is none
+        dispatcher._cache = _Cache(dispatcher.py_func)  # type: ignore[no-untyped-call]
+    return dispatcher
 
 
 def stamp(*modules: ModuleType) -> int:

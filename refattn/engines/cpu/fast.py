@@ -33,9 +33,11 @@ def _once(find: Callable[[Score], Found]) -> Callable[[Score], Found]:
 
     @wraps(find)
     def found(plan: Score) -> Found:
-        if plan not in known:
-            known[plan] = find(plan)
-        return known[plan]
+        try:
+            return known[plan]
+        except KeyError:
+            known[plan] = result = find(plan)
+            return result
 
     return found
 
@@ -43,9 +45,7 @@ def _once(find: Callable[[Score], Found]) -> Callable[[Score], Found]:
 @_once
 def takes(plan: Score) -> bool:
     """Whether the kernel computes all that the plan asks for."""
-    if plan.normalizer != "softmax" or plan.keep is not None:
-        return False
-    if plan.relative or plan.v_table or not (plan.q.size and plan.k.size and plan.v.size):
+    if plan.keep is not None or plan.relative or plan.v_table or not (plan.q.size and plan.k.size and plan.v.size):
         return False
     integers = [*plan.positions, *(plan.segments or ())]
     if any(a.size and max(-int(a.min()), int(a.max())) > _FARTHEST for a in integers):
@@ -59,17 +59,22 @@ def takes(plan: Score) -> bool:
     return plan.sink is None or bool((np.abs(plan.sink[~np.isneginf(plan.sink)]) < _LARGEST).all())
 
 
+def few(plan: Score, count: int, lk: int) -> bool:
+    """Whether the decode kernel is to run the plan: so many rows of queries share each key head of lk keys."""
+    return plan.normalizer == "softmax" and decode.suits(count, lk)
+
+
 def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     """Out (B,Hq,Lq,Dv), lse and which rows are to be made again (B,Hq,Lq).
 
     q, k, v are the plan's, C order, q in float32, k and v stored alike in a way that `storage_of` knows; without
-    infinities in q and k, unless `decode` suits. What is not finite in v reaches all rows of a tile, masked or not:
+    infinities in q and k, unless `few` says so. What is not finite in v reaches all rows of a tile, masked or not:
     they are to be made again.
     """
     x = arrays(plan, q, k, v)
     batch, heads, groups, lq, lk, depth, width = x.sizes
     storage = storage_of(k) or FLOAT32
-    if decode.suits(heads, groups, lq, lk):
+    if few(plan, heads // groups * lq, lk):
         return decode.run(x, storage)
     out, lse = np.empty((batch, heads, lq, width), np.float32), np.empty(q.shape[:3], np.float32)
     redo, counter = np.empty(q.shape[:3], np.bool_), np.zeros(1, np.int64)
@@ -133,6 +138,8 @@ def _still(plan: Score) -> Arrays:
         bias_strides=bias_strides,
         masks=masks,
         mask_strides=mask_strides,
+        sigmoid=plan.normalizer == "sigmoid",
+        offset=plan.sigmoid_bias * LOG2E,
         sink=_in_base_2(np.full(heads, BOTTOM / LOG2E) if plan.sink is None else np.maximum(plan.sink, BOTTOM / LOG2E)),
     )
 

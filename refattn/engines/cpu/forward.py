@@ -22,7 +22,7 @@ from refattn.engines.cpu._jit import bare, inner, lanes, stamp
 from refattn.engines.cpu.logits import scores, stored
 from refattn.engines.cpu.sight import NOTHING, POSITIONS, SEGMENTS, reach, see
 from refattn.engines.cpu.skipping import Norms, begin, first_tile, note, skipped
-from refattn.engines.cpu.tiles import accumulate, fetch, fill, scale, turn, weigh
+from refattn.engines.cpu.tiles import accumulate, fetch, fill, scale, squash, turn, weigh
 from refattn.engines.cpu.vectors import FLOAT32, take
 from refattn.engines.cpu.work import (
     KEYS,
@@ -163,7 +163,10 @@ def attend(shape: int, x: Arrays, tile: Tile, at: Rows, k: int, v: int, j: int, 
     literally(shape)
     s, factor, width = tile.s.ctypes.data, tile.factor.ctypes.data, x.sizes[6]
     unit = scores(shape, x, tile, at, k, j, count, kinds)
-    weigh(shape, s, tile.top.ctypes.data, tile.total.ctypes.data, factor, count, unit)
+    if x.sigmoid:
+        squash(shape, s, count, unit, np.float32(x.offset))
+    else:
+        weigh(shape, s, tile.top.ctypes.data, tile.total.ctypes.data, factor, count, unit)
     accumulate(shape, tile.o.ctypes.data, factor, s, v, 4 * width, count, width)
 
 

@@ -36,14 +36,21 @@ def scores(shape: int, x: Arrays, tile: Tile, at: Rows, k: int, j: int, count: i
     what hides some of the pairs, as `see` says.
     """
     literally(shape)
-    line, s, bias = 4 * tile.lanes, tile.s.ctypes.data, tile.bias.ctypes.data
-    one, steep, width = np.float32(1.0), np.float32(x.cap[0]), shape >> 16 & 255
-    places = x.k_at[at.b % x.k_at.shape[0]]
+    s, steep = tile.s.ctypes.data, np.float32(x.cap[0])
     products(shape, s, tile.q.ctypes.data, k, 4 * x.sizes[5], count, x.sizes[5])
     unit = np.float32(x.unit)
     if steep > 0:
         bend(shape, s, count, steep, np.float32(x.cap[1]))
-        unit = one
+        unit = np.float32(1.0)
+    return biased(shape, x, tile, at, j, count, kinds, unit)
+
+
+@inner
+def biased(shape: int, x: Arrays, tile: Tile, at: Rows, j: int, count: int, kinds: int, unit: Any) -> Any:
+    """Add biases and masks to logits in tile.s over `unit`; return what they are over now."""
+    literally(shape)
+    line, s, bias = 4 * tile.lanes, tile.s.ctypes.data, tile.bias.ctypes.data
+    one, width, places = np.float32(1.0), shape >> 16 & 255, x.k_at[at.b % x.k_at.shape[0]]
     if x.sloping:
         lean(shape, s, count, unit, places.ctypes.data + 4 * j, tile.place.ctypes.data, tile.slope.ctypes.data)
         unit = one

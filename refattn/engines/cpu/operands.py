@@ -121,6 +121,8 @@ def differences(plan: Score) -> tuple[int, int]:
 
 def converted(given: Any, kind: Any) -> Array:
     """As a kernel takes an array: of that dtype, C-contiguous, aligned and writeable, copied only where it is not."""
+    if isinstance(given, np.ndarray) and given.flags.carray and given.dtype == kind:
+        return given
     with np.errstate(over="ignore"):
         return np.require(given, kind, ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE"])
 

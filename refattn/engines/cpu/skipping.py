@@ -68,8 +68,8 @@ _NONE = Norms(False, _EMPTY, _EMPTY, _EMPTY, _EMPTY, np.zeros((1, 0), np.int64),
 def norms(x: Arrays, width: int, storage: int) -> Norms:
     """Of a plan whose bias falls with distance and has no array to be searched; else nothing is left out."""
     batch, heads, groups, lq, lk, depth, size = x.sizes
-    wanted = x.sloping and lq >= KEYS and lk >= SHORTEST and depth <= _DEEPEST and not x.bias_strides.size
-    if not wanted or not (x.slopes > 0).any() or os.environ.get(VARIABLE) == "0":
+    wanted = x.sloping and lq >= KEYS and lk >= SHORTEST and depth <= _DEEPEST
+    if not wanted or x.bias_strides.size or x.sigmoid or not (x.slopes > 0).any() or os.environ.get(VARIABLE) == "0":
         return _NONE
     count = -(-lk // KEYS)
     keys, largest = np.empty((batch, groups, count), np.float32), np.empty((batch, groups, size), np.int32)
@@ -98,7 +98,8 @@ def told(plan: Score) -> str | None:
     """
     slopes = sum((b.slopes for b in plan.bias if isinstance(b, Slope)), np.zeros(plan.q.shape[1]))
     lq, lk = plan.q.shape[2], plan.k.shape[2]
-    if not (slopes > 0).any() or any(isinstance(b, Dense) for b in plan.bias) or lk < SHORTEST or lq < KEYS:
+    plain = plan.normalizer == "softmax" and not any(isinstance(b, Dense) for b in plan.bias)
+    if not (plain and (slopes > 0).any() and lk >= SHORTEST and lq >= KEYS):
         return None
     if os.environ.get(VARIABLE) == "0":
         return f"{VARIABLE}=0: no key is left out"

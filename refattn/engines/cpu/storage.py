@@ -11,11 +11,19 @@ import numpy as np
 
 from refattn.engines.cpu import tiles, vectors
 from refattn.engines.cpu._jit import bare, halves, lanes, stamp
+from refattn.engines.cpu.operands import Array
 from refattn.engines.cpu.tiles import narrow, widen
 from refattn.engines.cpu.vectors import BFLOAT16, FLOAT16, FLOAT32
-from refattn.engines.cpu.work import Array
 
 _CODES = {np.dtype(np.float32): FLOAT32, np.dtype(ml_dtypes.bfloat16): BFLOAT16, np.dtype(np.float16): FLOAT16}
+
+
+# Unsigned integers of that size, and the exponent of infinity in them.
+_WORDS: dict[Any, tuple[Any, int]] = {
+    np.dtype(np.float32): (np.dtype(np.uint32), 0x7F800000),
+    np.dtype(ml_dtypes.bfloat16): (np.dtype(np.uint16), 0x7F80),
+    np.dtype(np.float16): (np.dtype(np.uint16), 0x7C00),
+}
 
 
 def storage_of(array: Array) -> int | None:
@@ -31,9 +39,8 @@ def bits(array: Array) -> Array:
 
 def finite(array: Array) -> bool:
     """Whether all numbers are; of float32, bfloat16 and float16."""
-    exponent = {np.dtype(np.float32): 0x7F800000, np.dtype(np.float16): 0x7C00}.get(array.dtype, 0x7F80)
-    words = array.reshape(-1).view(f"u{array.dtype.itemsize}")
-    return bool(_greatest(words) < 2 * exponent)
+    words, exponent = _WORDS[array.dtype]
+    return bool(_greatest(array.reshape(-1).view(words)) < 2 * exponent)
 
 
 @bare
@@ -47,10 +54,12 @@ def _greatest(words: Array) -> int:
 
 def widened(array: Array) -> Array:
     """As float32."""
+    if array.dtype == np.float32:
+        return array
     code = storage_of(array)
     if not code:
         with np.errstate(over="ignore"):
-            return array.astype(np.float32, copy=False)
+            return array.astype(np.float32)
     found = np.empty(array.shape, np.float32)
     _converter(lanes() << 16 | code << 24, True)(found.reshape(-1), bits(np.ascontiguousarray(array)))
     return found

@@ -107,6 +107,20 @@ def weigh(x: Lanes, s: Any, m: Any, total: Any, factor: Any, count: Any, c: Any)
     x.stores(ended, total)
 
 
+@inline
+def squash(x: Lanes, s: Any, count: Any, c: Any, offset: Any) -> None:
+    """s[n] = 1 / (1 + 2^−(c s[n] + offset)), 0 where that is below 2⁻¹²⁶; NaN stays NaN."""
+    unit, more, one = x.spread(x.b.fneg(c)), x.spread(x.b.fneg(offset)), x.spread(1.0)
+
+    def weight(a: Any) -> Any:
+        y = x.fma(a, unit, more)
+        far = x.b.fcmp_ordered(">", y, x.spread(126.0))
+        divisor = x.b.fadd(x.exp2(x.b.select(far, x.spread(126.0), y)), one)
+        return x.b.select(far, x.spread(0.0), x.b.fdiv(one, divisor))
+
+    sweep(x, s, count, lambda n, row: [weight(a) for a in row])
+
+
 def sweep(x: Lanes, s: Any, count: Any, change: Callable[[Any, list[Any]], list[Any]]) -> None:
     """s[n] = change(n, s[n]) for n < count."""
     with x.each(count) as n:

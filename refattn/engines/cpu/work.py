@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate
+from threading import local
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,8 @@ class Arrays(NamedTuple):
 
     Times log₂e: slopes (Hq,) and table (Hq, n), from the greatest difference down, its column `zero` for the difference
     0, n = 0 for none, and if `evenly`, positions of queries and keys go up by one; sink (Hq,), `BOTTOM` for none.
+    offset: what a sigmoid, if there is one in the softmax's place, adds to logits.
+
     biases, masks: stacks as in `operands.Operands`; −∞ in a bias masks.
     """
 
@@ -59,6 +62,8 @@ class Arrays(NamedTuple):
     masks: Array
     mask_strides: Array
     sink: Array
+    sigmoid: bool
+    offset: float
 
 
 class Results(NamedTuple):
@@ -119,8 +124,24 @@ class Tile(NamedTuple):
     segment: Array
 
 
+class _Own(local):
+    """The scratch that a thread used last."""
+
+    made: tuple[tuple[int, ...], Tile] | None = None
+
+
+_own = _Own()
+
+
 def scratch(rows: int, depth: int, width: int, storage: int) -> Tile:
-    """Scratch of a thread, each part from a whole line of the cache on."""
+    """Scratch of this thread, each part from a whole line of the cache on; nobody reads what an earlier call left."""
+    key = rows, depth, width, storage
+    if _own.made is None or _own.made[0] != key:
+        _own.made = key, _tile(*key)
+    return _own.made[1]
+
+
+def _tile(rows: int, depth: int, width: int, storage: int) -> Tile:
     wide = [KEYS * depth, KEYS * width] if storage else [0, 0]
     sizes = [*(rows * n for n in (depth, width, KEYS, KEYS)), *wide, *[rows] * 9]
     starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
@@ -191,7 +212,8 @@ def lay(x: Arrays, tile: Tile, at: Rows) -> None:
         tile.segment[r] = x.q_segment[at.b % x.q_segment.shape[0], i]
         tile.slope[r] = x.slopes[h]
         tile.top[r] = x.sink[h]
-        tile.total[r] = 0.0 if x.sink[h] == BOTTOM else 1.0
+        tile.total[r] = 1.0 if x.sigmoid or x.sink[h] != BOTTOM else 0.0
+        tile.factor[r] = 1.0
 
 
 @inner
