@@ -48,7 +48,6 @@ def poisoned(monkeypatch):
 
 @pytest.mark.parametrize("lk", [1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 511, 512, 513, 1025, 4100])
 def test_edges_of_tiles_and_shares(lk, rng, poisoned):
-    assert decode.suits(1, 1, 16)
     for stored in STORED:
         within(ra.SDPA(), qkv(rng, 1, 1, 1, 1, lk, 16, 16), stored=stored)
         within(ra.SDPA(), qkv(rng, 2, 4, 1, 1, lk, 40, 24), stored=stored)
@@ -59,8 +58,8 @@ def test_edges_of_tiles_and_shares(lk, rng, poisoned):
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("rows", range(1, 17))
 def test_every_number_of_rows(rows, stored, rng, poisoned):
-    within(ra.SDPA(), qkv(rng, 1, 1, 1, rows, 150, 24, 40), stored=stored)
-    within(ra.SDPA(), qkv(rng, 1, rows, 1, 1, 150, 40, 24), stored=stored)
+    within(ra.SDPA(), qkv(rng, 1, 1, 1, rows, 513, 24, 40), stored=stored)
+    within(ra.SDPA(), qkv(rng, 1, rows, 1, 1, 513, 40, 24), stored=stored)
     within(ra.SDPA(causal="bottom_right"), qkv(rng, 2, 2, 2, rows, 530, 5, 3), stored=stored)
 
 
@@ -69,6 +68,14 @@ def test_every_number_of_rows(rows, stored, rng, poisoned):
 def test_widths_that_fill_no_line(depth, stored, rng, poisoned):
     for width in (1, 7, 16, 33, 48, 127, 240, 300):
         within(ra.SDPA(), qkv(rng, 1, 3, 1, 1, 70, depth, width), stored=stored)
+
+
+def test_few_rows_are_taken_and_with_few_keys_fewer():
+    assert decode.suits(4, 1)
+    assert decode.suits(8, 128)
+    assert decode.suits(16, 512)
+    assert not decode.suits(16, 511)
+    assert not decode.suits(17, 1 << 20)
 
 
 def test_no_keys(rng):

@@ -107,7 +107,8 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
         q, k, v = plan.q, plan.k, plan.v
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(replace(plan, q=q, k=k, v=v), kind))
-    given, q, few = {"q": q, "k": k, "v": v}, widened(q), fast.few(plan, q.shape[1] // k.shape[1], q.shape[2])
+    given, q, count = {"q": q, "k": k, "v": v}, widened(q), q.shape[1] // k.shape[1] * q.shape[2]
+    few = fast.few(plan, count, k.shape[2])
     if k.dtype != v.dtype or storage_of(k) is None:
         k, v = widened(k), widened(v)
     q, k, v = converted(q, q.dtype), converted(k, k.dtype), converted(v, v.dtype)

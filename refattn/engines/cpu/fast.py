@@ -59,9 +59,9 @@ def takes(plan: Score) -> bool:
     return plan.sink is None or bool((np.abs(plan.sink[~np.isneginf(plan.sink)]) < _LARGEST).all())
 
 
-def few(plan: Score, share: int, lq: int) -> bool:
-    """Whether the decode kernel is to run the plan, whose key heads are shared by `share` query heads."""
-    return plan.normalizer == "softmax" and decode.suits(share, 1, lq)
+def few(plan: Score, count: int, lk: int) -> bool:
+    """Whether the decode kernel is to run the plan: so many rows of queries share each key head of lk keys."""
+    return plan.normalizer == "softmax" and decode.suits(count, lk)
 
 
 def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
@@ -74,7 +74,7 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
     x = arrays(plan, q, k, v)
     batch, heads, groups, lq, lk, depth, width = x.sizes
     storage = storage_of(k) or FLOAT32
-    if few(plan, heads // groups, lq):
+    if few(plan, heads // groups * lq, lk):
         return decode.run(x, storage)
     out, lse = np.empty((batch, heads, lq, width), np.float32), np.empty(q.shape[:3], np.float32)
     redo, counter = np.empty(q.shape[:3], np.bool_), np.zeros(1, np.int64)
