@@ -46,15 +46,16 @@ def kernels() -> Iterator[Kernel]:
         search = (storage._greatest,)
         yield Kernel(f"search of {kind} numbers", search, partial(storage.finite, np.ones(1, kind)))
         if code:
-            functions = tuple(storage._converter(lane << 16 | code << 24, widening) for widening in (True, False))
-            yield Kernel(f"conversion of {kind}", functions, partial(_convert, kind))
+            converters = tuple(storage._converter(lane << 16 | code << 24, widening) for widening in (True, False))
+            yield Kernel(f"conversion of {kind}", converters, partial(_convert, kind))
         for lq in (_LONG, 1):
             shape = forward.shape_for(1, lq, code)
             name = f"forward, {shape.rows} queries a tile, {kind}"
             yield Kernel(name, (forward.kernel(shape),), partial(_run, kind, lq, _LONG, normalizer="sigmoid"))
         shape = forward.shape_for(1, _LONG, code)
         norms = (skipping._measure(shape.width << 16 | 1 << 8 | 1 | code << 24),)
-        yield Kernel(f"norms of keys, {kind}", norms, partial(_run, kind, skipping.SHORTEST, skipping.SHORTEST, (Slope(slopes=np.ones(1)),)))
+        falling = partial(_run, kind, skipping.SHORTEST, skipping.SHORTEST, (Slope(slopes=np.ones(1)),))
+        yield Kernel(f"norms of keys, {kind}", norms, falling)
         yield Kernel(f"decode, {kind}", (decode.kernel(lane, code),), partial(_run, kind, 1, _LONG))
     for lq in (_LONG, 2):
         shape = forward.shape_for(1, lq)
