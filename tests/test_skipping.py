@@ -63,7 +63,7 @@ def exact(plan, hidden=None):
 
 
 @pytest.mark.parametrize("causal", ["top_left", False])
-@pytest.mark.parametrize("kind", ["normal", "zero column", "large value", "long key", "grouped"])
+@pytest.mark.parametrize("kind", ["normal", "zero column", "large value", "long key", "grouped", "off centre"])
 def test_what_is_left_out_weighs_less_than_its_share(kind, causal, rng, monkeypatch):
     inputs = inputs_of(rng, groups=2 if kind == "grouped" else None)
     if kind == "zero column":
@@ -72,6 +72,8 @@ def test_what_is_left_out_weighs_less_than_its_share(kind, causal, rng, monkeypa
         inputs["v"][:, 1, 100, 5] = 1e30
     if kind == "long key":
         inputs["k"][:, 1, 100] *= 50.0
+    if kind == "off centre":
+        inputs["k"] += 5 * rng.standard_normal(inputs["k"].shape[-1]).astype(np.float32)
     plan = prepared(ra.SDPA(causal=causal, bias=ra.ALiBi()), inputs)
     seen = np.ones((plan.q.shape[2],) * 2, bool) if not causal else np.tri(plan.q.shape[2], dtype=bool)
     gone = left_out(plan, monkeypatch)
@@ -146,7 +148,9 @@ def test_norms_are_the_greatest_and_never_less(rng):
     x = fast.arrays(prepared(ra.SDPA(bias=ra.ALiBi()), inputs), *(inputs[n] for n in "qkv"))
     found = skipping.norms(x, 16, 0)
     starts = np.arange(0, 700, KEYS)
-    lengths = np.maximum.reduceat(np.sqrt((inputs["k"][0].astype(np.float64) ** 2).sum(-1)), starts, axis=1)
+    away = inputs["k"][0].astype(np.float64) - found.centre[0][:, None]
+    lengths = np.maximum.reduceat(np.sqrt((away**2).sum(-1)), starts, axis=1)
+    assert np.abs(found.centre[0, 1] - inputs["k"][0, 1, ::3].mean(0)).max() < 1e-6
     assert found.keys[0, 0, 2] == np.inf
     finite = np.isfinite(lengths)
     assert (found.keys[0][finite] >= lengths[finite]).all()
@@ -183,3 +187,12 @@ def test_explain_tells_of_it(monkeypatch):
     assert ra.explain(ra.SDPA(bias=ra.ALiBi()), sizes | {"Lk": 300, "Lq": 300})["skipping"] == {}
     monkeypatch.setenv(skipping.VARIABLE, "0")
     assert "=0" in ra.explain(ra.SDPA(bias=ra.ALiBi()), sizes)["skipping"]["cpu"]
+
+
+def test_what_all_keys_have_in_common_changes_little(rng, monkeypatch):
+    """A long vector that is added to every key moves all logits of a row alike."""
+    inputs = inputs_of(rng, heads=2)
+    spec = ra.SDPA(causal="top_left", bias=ra.ALiBi())
+    plain = left_out(prepared(spec, inputs), monkeypatch).sum()
+    inputs["k"] += 8 * rng.standard_normal(16).astype(np.float32)
+    assert left_out(prepared(spec, inputs), monkeypatch).sum() > 0.9 * plain

@@ -14,14 +14,19 @@ _NEVER = -(2.0**100)  # logarithm of what is too small to count
 
 
 @inline
-def lengths(x: Lanes, norm: Any, q: Any, depth: Any, unit: Any) -> None:
-    """Norm = unit |q|, of qᵀ."""
+def lengths(x: Lanes, norm: Any, base: Any, q: Any, centre: Any, depth: Any, unit: Any, more: Any) -> None:
+    """Norm = unit |q| and base = unit q·centre + more norm, of qᵀ."""
     sums = x.variables([x.spread(1e-30)] * x.vectors)
+    dots = x.variables([x.spread(0.0)] * x.vectors)
     with x.each(depth) as d:
-        for place, a in zip(sums, x.loads(x.at(q, (d, x.row))), strict=True):
+        c = x.spread(x.load(x.at(centre, (d, 4)), F32))
+        for place, dot, a in zip(sums, dots, x.loads(x.at(q, (d, x.row))), strict=True):
             x.b.store(x.fma(a, a, x.b.load(place)), place)
-    by = x.spread(unit)
-    x.stores([x.b.fmul(by, x.call("sqrt", x.b.load(place))) for place in sums], norm)
+            x.b.store(x.fma(a, c, x.b.load(dot)), dot)
+    by, slack = x.spread(unit), x.spread(more)
+    found = [x.b.fmul(by, x.call("sqrt", x.b.load(place))) for place in sums]
+    x.stores(found, norm)
+    x.stores([x.fma(n, slack, x.b.fmul(by, x.b.load(dot))) for n, dot in zip(found, dots, strict=True)], base)
 
 
 def logarithm(x: Lanes, a: Any) -> Any:
@@ -33,9 +38,19 @@ def logarithm(x: Lanes, a: Any) -> Any:
 
 @inline
 def gauge(
-    x: Lanes, budget: Any, o: Any, width: Any, scales: Any, absent: Any, top: Any, total: Any, out: Any, lse: Any
+    x: Lanes,
+    budget: Any,
+    base: Any,
+    o: Any,
+    width: Any,
+    scales: Any,
+    absent: Any,
+    top: Any,
+    total: Any,
+    out: Any,
+    lse: Any,
 ) -> None:
-    """Budget = max(budget, top + min(out + log₂ min_d |o_d| / max |v_d|, lse + log₂ total)); out, lse in bits."""
+    """Budget = max(budget, top − base + min(out + log₂ min_d |o_d| / max |v_d|, lse + log₂ total)), all in bits."""
     leasts = x.variables([x.spread(INFINITY)] * x.vectors)
     with x.each(width) as d:
         by, more = (x.spread(x.load(x.at(base, (d, 4)), F32)) for base in (scales, absent))
@@ -43,12 +58,13 @@ def gauge(
             size, least = x.fma(x.magnitude(a), by, more), x.b.load(place)
             x.b.store(x.b.select(x.b.fcmp_ordered("<", size, least), size, least), place)
     found = []
-    for least, z, m, old in zip(leasts, x.loads(total), x.loads(top), x.loads(budget), strict=True):
+    rows = zip(leasts, x.loads(total), x.loads(top), x.loads(base), x.loads(budget), strict=True)
+    for least, z, m, start, old in rows:
         by_out = x.b.fadd(logarithm(x, x.b.load(least)), x.spread(out))
         by_lse = x.b.fadd(logarithm(x, z), x.spread(lse))
         smaller = x.b.select(x.b.fcmp_ordered("<", by_out, by_lse), by_out, by_lse)
-        rounding = x.b.fmul(x.magnitude(m), x.spread(2.0**-22))
-        found.append(x.largest(x.b.fsub(x.b.fadd(m, smaller), rounding), old))
+        rounding = x.b.fmul(x.b.fadd(x.magnitude(m), x.magnitude(start)), x.spread(2.0**-22))
+        found.append(x.largest(x.b.fsub(x.b.fsub(x.b.fadd(m, smaller), rounding), start), old))
     x.stores(found, budget)
 
 
@@ -88,15 +104,17 @@ def afford(
 
 
 @inline
-def squares(x: Lanes, to: Any, k: Any, count: Any, depth: Any) -> None:
-    """The greatest |k|² of `count` keys, or what is there if that is greater; NaN is the greatest of all."""
+def squares(x: Lanes, to: Any, k: Any, centre: Any, count: Any, depth: Any) -> None:
+    """The greatest |k − centre|² of `count` keys, or what is there if that is greater; NaN is the greatest of all."""
     wide, single = x.variables([x.spread(0.0), ir.VectorType(F32, 1)([0.0])])
     with x.each(count) as n:
         row = x.at(k, (x.b.mul(n, depth), x.size))
         x.b.store(x.spread(0.0), wide)
         x.b.store(ir.VectorType(F32, 1)([0.0]), single)
         for at, width in x.pieces(depth):
-            a, place = x.stored(x.at(row, (at, x.size)), width), wide if width > 1 else single
+            middle = x.load(x.at(centre, (at, 4)), ir.VectorType(F32, width))
+            a = x.b.fsub(x.stored(x.at(row, (at, x.size)), width), middle)
+            place = wide if width > 1 else single
             x.b.store(x.b.fadd(x.b.fmul(a, a), x.b.load(place)), place)
         found = x.b.fadd(x.total(x.b.load(wide)), x.b.extract_element(x.b.load(single), I32(0)))
         x.store(greater(x, x.b.bitcast(found, I32), x.load(to, I32)), to)

@@ -102,7 +102,7 @@ def kernel(shape: Shape) -> Callable[[Arrays, Norms, Results, Tile, Array], int]
             begun, turns = False, -(-keys // KEYS)
             last = first_tile(x, norms, at, ends.greatest, turns)
             if last >= 0:
-                begin(LITERAL, x, tile, at)
+                begin(LITERAL, x, tile, norms, at)
             turned = 0
             while turned < turns:
                 n = last - turned if turned <= last else turned

@@ -3,9 +3,10 @@ r"""Keys left out because what they could add is proved too small: a bias that f
 Logits, maxima and sums are in base 2. A row i that has seen some keys holds its maximum m, the sum z of its weights and
 the sums o_d of weights times values, all over 2^m. A key of a tile B has a logit of at most
 
-    b_B = |scale| log₂e |q_i| max_B |k| + bias of the nearest key of B + greatest entry of the table      (Cauchy)
+    b_B = |scale| log₂e (q_i·c + |q_i| max_B |k − c|) + bias of the nearest key of B + greatest entry of the table
 
-so its n keys weigh at most w = n 2^b_B. With Z the final sum, and as Σ_j p_j |v_jd| ≥ 2^m |o_d| / Z, without them
+for any one c (Cauchy), here the mean of some keys, as heads have channels that are far from 0 in all of them. So its n
+keys weigh at most w = n 2^b_B. With Z the final sum, and as Σ_j p_j |v_jd| ≥ 2^m |o_d| / Z, without them
 
     lse changes by    w / Z                        ≤ ε 4u                     if w ≤ ε 4u 2^m z
     out_d changes by  w / Z (|out_d| + max |v_d|)  ≤ ε 12u Σ_j p_j |v_jd|     if w ≤ ε 7u 2^m |o_d| / max |v_d| too.
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from numba import literally  # type: ignore[attr-defined]
 
@@ -32,6 +34,7 @@ from refattn.engines.cpu import bounds, tiles, vectors, work
 from refattn.engines.cpu._jit import bare, inner, stamp
 from refattn.engines.cpu.bounds import afford, gauge, lengths, peaks, squares
 from refattn.engines.cpu.pool import spread
+from refattn.engines.cpu.vectors import BFLOAT16, FLOAT16, FLOAT32
 from refattn.engines.cpu.work import KEYS, Array, Arrays, Rows, Tile
 from refattn.plan import Dense, Score, Slope
 
@@ -40,6 +43,7 @@ EPSILON = 2.0**-4  # of the published bound
 SHORTEST = 512  # keys: below, the bounds cost more than they spare
 SLACK = 2.0**-10  # relative, of lengths and distances: more than they round for D up to 4096
 _DEEPEST = 4096
+_SAMPLE = 256  # keys that a centre is the mean of
 _COMMON = 10  # scale |q||k| of the example that `told` gives
 OUT, LSE = (np.float32(math.log2(EPSILON * n * 2.0**-24) - 2.0**-4) for n in (7, 4))  # bits, less what is rounded here
 
@@ -47,12 +51,15 @@ OUT, LSE = (np.float32(math.log2(EPSILON * n * 2.0**-24) - 2.0**-4) for n in (7,
 class Norms(NamedTuple):
     """What is known of keys and values before; `on` False, and the arrays empty, where nothing may be left out.
 
-    keys (B,Hkv,tiles) the greatest |k| of a tile, before the greatest of it and all tiles before it: ∞ where one is not
-    finite. scales (B,Hkv,Dv) 1 / max |v_d|, 0 where that is not finite; absent: large where max |v_d| = 0, else 0.
+    centre (B,Hkv,D) c; slack (B,Hkv) what q·c may be rounded by, over |q|. keys (B,Hkv,tiles) the greatest |k − c| of a
+    tile, before the greatest of it and all tiles before it: ∞ where one is not finite. scales (B,Hkv,Dv) 1 / max |v_d|,
+    0 where that is not finite; absent: large where max |v_d| = 0, else 0.
     most (1 or B, tiles) the greatest position of a tile and all before it. tables (Hq,) a head's greatest entry.
     """
 
     on: bool
+    centre: Array
+    slack: Array
     keys: Array
     before: Array
     scales: Array
@@ -62,7 +69,9 @@ class Norms(NamedTuple):
 
 
 _EMPTY = np.zeros((1, 1, 0), np.float32)
-_NONE = Norms(False, _EMPTY, _EMPTY, _EMPTY, _EMPTY, np.zeros((1, 0), np.int64), np.zeros(0))
+_NONE = Norms(
+    False, _EMPTY, np.zeros((1, 1), np.float32), _EMPTY, _EMPTY, _EMPTY, _EMPTY, np.zeros((1, 0), np.int64), np.zeros(0)
+)
 
 
 def norms(x: Arrays, width: int, storage: int) -> Norms:
@@ -71,9 +80,10 @@ def norms(x: Arrays, width: int, storage: int) -> Norms:
     wanted = x.sloping and lq >= KEYS and lk >= SHORTEST and depth <= _DEEPEST
     if not wanted or x.bias_strides.size or x.sigmoid or not (x.slopes > 0).any() or os.environ.get(VARIABLE) == "0":
         return _NONE
-    count = -(-lk // KEYS)
+    count, centre = -(-lk // KEYS), _centre(x, storage)
     keys, largest = np.empty((batch, groups, count), np.float32), np.empty((batch, groups, size), np.int32)
-    spread(_measure(width << 16 | 1 << 8 | 1 | storage << 24), (x, keys, largest), batch * groups, keys.size * KEYS * 8)
+    measure = _measure(width << 16 | 1 << 8 | 1 | storage << 24)
+    spread(measure, (x, centre, keys, largest), batch * groups, keys.size * KEYS * (depth + size))
     peak = largest.view(np.float32)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         scales = np.where(np.isfinite(peak) & (peak > 0), (1 - SLACK) / peak, np.float32(0)).astype(np.float32)
@@ -81,6 +91,8 @@ def norms(x: Arrays, width: int, storage: int) -> Norms:
     tables = np.nan_to_num(x.table.max(1, initial=-np.inf), nan=np.inf, neginf=-(2.0**100)) if x.table.size else 0.0
     return Norms(
         on=True,
+        centre=centre,
+        slack=(_DEEPEST * 2.0**-23 * np.linalg.norm(centre, axis=-1)).astype(np.float32),
         keys=keys,
         before=np.maximum.accumulate(keys, axis=2),
         scales=scales,
@@ -88,6 +100,18 @@ def norms(x: Arrays, width: int, storage: int) -> Norms:
         most=np.maximum.accumulate(x.k_ends[..., 1], axis=1),
         tables=np.zeros(heads) + tables,
     )
+
+
+def _centre(x: Arrays, storage: int) -> Array:
+    """Mean of some keys of each head, where it is finite; 0 under a cap, which would raise a bound below 0."""
+    batch, _, groups, _, lk, depth, _ = x.sizes
+    if x.cap[0]:
+        return np.zeros((batch, groups, depth), np.float32)
+    kinds = {FLOAT32: np.float32, BFLOAT16: ml_dtypes.bfloat16, FLOAT16: np.float16}
+    some = x.k.view(kinds[storage]).reshape(batch, groups, lk, depth)[:, :, :: -(-lk // _SAMPLE)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = some.astype(np.float32).mean(2)
+    return np.where(np.isfinite(mean), mean, np.float32(0))
 
 
 def told(plan: Score) -> str | None:
@@ -116,7 +140,7 @@ def _measure(literal: int) -> Callable[..., Any]:
     LITERAL, VERSION = literal, stamp(bounds, tiles, vectors, work)
 
     @bare
-    def measure(x: Arrays, keys: Array, largest: Array, start: int, stop: int) -> int:
+    def measure(x: Arrays, centre: Array, keys: Array, largest: Array, start: int, stop: int) -> int:
         _, _, groups, _, lk, depth, size = x.sizes
         for task in range(start, stop):
             b, g = task // groups, task % groups
@@ -127,7 +151,8 @@ def _measure(literal: int) -> Callable[..., Any]:
                 keys[b, g, n] = 0.0
                 if count > 0:
                     k, v = x.k.itemsize * key * depth, x.v.itemsize * key * size
-                    squares(LITERAL, keys[b, g, n:].ctypes.data, x.k.ctypes.data + k, count, depth)
+                    middle = centre[b, g].ctypes.data
+                    squares(LITERAL, keys[b, g, n:].ctypes.data, x.k.ctypes.data + k, middle, count, depth)
                     peaks(LITERAL, largest[b, g].ctypes.data, x.v.ctypes.data + v, count, size)
                 length = np.sqrt(keys[b, g, n] + np.float32(1e-30)) * np.float32(1 + SLACK)
                 keys[b, g, n] = length if math.isfinite(length) else np.inf
@@ -137,11 +162,12 @@ def _measure(literal: int) -> Callable[..., Any]:
 
 
 @inner
-def begin(shape: int, x: Arrays, tile: Tile, at: Rows) -> None:
+def begin(shape: int, x: Arrays, tile: Tile, norms: Norms, at: Rows) -> None:
     """Of a tile of rows that has seen nothing, after its queries are laid out."""
     literally(shape)
     unit = np.float32(x.unit * (1 + SLACK))
-    lengths(shape, tile.norm.ctypes.data, tile.q.ctypes.data, x.sizes[5], unit)
+    norm, base, centre = tile.norm.ctypes.data, tile.base.ctypes.data, norms.centre[at.b, at.g].ctypes.data
+    lengths(shape, norm, base, tile.q.ctypes.data, centre, x.sizes[5], unit, norms.slack[at.b, at.g])
     i = at.first % x.sizes[3] - 1
     for r in range(tile.lanes):
         i = i + 1 if i + 1 < x.sizes[3] else 0
@@ -154,8 +180,8 @@ def note(shape: int, tile: Tile, norms: Norms, at: Rows, width: int) -> None:
     """What the rows may leave out by what they have seen so far."""
     literally(shape)
     scales, absent = norms.scales[at.b, at.g].ctypes.data, norms.absent[at.b, at.g].ctypes.data
-    top, total = tile.top.ctypes.data, tile.total.ctypes.data
-    gauge(shape, tile.budget.ctypes.data, tile.o.ctypes.data, width, scales, absent, top, total, OUT, LSE)
+    top, total, base = tile.top.ctypes.data, tile.total.ctypes.data, tile.base.ctypes.data
+    gauge(shape, tile.budget.ctypes.data, base, tile.o.ctypes.data, width, scales, absent, top, total, OUT, LSE)
 
 
 @inner

@@ -105,8 +105,8 @@ class Tile(NamedTuple):
     """A tile's scratch: flat arrays qᵀ (D,R), oᵀ (Dv,R), s and a bias (KEYS,R), and a number for each of R rows.
 
     k (KEYS,D), v (KEYS,Dv) widened, where they are stored in fewer bits. top, total: running maximum and sum; factor:
-    what the sum changes by; slope; norm, budget, spent as in `skipping`; place, segment int32. lanes: numbers in a row,
-    R, or more if the tile is cut from another.
+    what the sum changes by; slope; norm, base, budget, spent as in `skipping`; place, segment int32. lanes: numbers in
+    a row, R, or more if the tile is cut from another.
     """
 
     lanes: int
@@ -121,6 +121,7 @@ class Tile(NamedTuple):
     factor: Array
     slope: Array
     norm: Array
+    base: Array
     budget: Array
     spent: Array
     place: Array
@@ -145,12 +146,12 @@ def own(make: Callable[..., Made]) -> Callable[..., Made]:
 def scratch(rows: int, depth: int, width: int, storage: int) -> Tile:
     """Scratch of a thread, each part from a whole line of the cache on."""
     wide = [KEYS * depth, KEYS * width] if storage else [0, 0]
-    sizes = [*(rows * n for n in (depth, width, KEYS, KEYS)), *wide, *[rows] * 9]
+    sizes = [*(rows * n for n in (depth, width, KEYS, KEYS)), *wide, *[rows] * 10]
     starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
     memory = np.empty(starts[-1] + 16, np.float32)
     skipped = -memory.ctypes.data // 4 % 16
     parts = [memory[skipped + start : skipped + start + size] for start, size in zip(starts, sizes, strict=False)]
-    return Tile(rows, *parts[:13], *(part.view(np.int32) for part in parts[13:]))
+    return Tile(rows, *parts[:14], *(part.view(np.int32) for part in parts[14:]))
 
 
 @inner
@@ -192,6 +193,7 @@ def cut(tile: Tile, lane: int) -> Tile:
         tile.factor[lane:],
         tile.slope[lane:],
         tile.norm[lane:],
+        tile.base[lane:],
         tile.budget[lane:],
         tile.spent[lane:],
         tile.place[lane:],
