@@ -37,6 +37,7 @@ class Kernel(NamedTuple):
 
 def kernels() -> Iterator[Kernel]:
     """Every kernel that this processor runs: of each storage the tiled ones, of each float type those row by row."""
+    falling, long = (Slope(slopes=np.ones(1)),), skipping.SHORTEST
     kinds = [np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16)]
     lane = _jit.lanes()
     for kind in kinds:
@@ -46,21 +47,20 @@ def kernels() -> Iterator[Kernel]:
         search = (storage._greatest,)
         yield Kernel(f"search of {kind} numbers", search, partial(storage.finite, np.ones(1, kind)))
         if code:
-            converters = tuple(storage._converter(lane << 16 | code << 24, widening) for widening in (True, False))
-            yield Kernel(f"conversion of {kind}", converters, partial(_convert, kind))
+            functions = tuple(storage._converter(lane << 16 | code << 24, widening) for widening in (True, False))
+            yield Kernel(f"conversion of {kind}", functions, partial(_convert, kind))
         for lq in (_LONG, 1):
             shape = forward.shape_for(1, lq, code)
             name = f"forward, {shape.rows} queries a tile, {kind}"
             yield Kernel(name, (forward.kernel(shape),), partial(_run, kind, lq, _LONG, normalizer="sigmoid"))
         shape = forward.shape_for(1, _LONG, code)
         norms = (skipping._measure(shape.width << 16 | 1 << 8 | 1 | code << 24),)
-        falling = partial(_run, kind, skipping.SHORTEST, skipping.SHORTEST, (Slope(slopes=np.ones(1)),))
-        yield Kernel(f"norms of keys, {kind}", norms, falling)
+        yield Kernel(f"norms of keys, {kind}", norms, partial(_run, kind, long, long, falling))
         yield Kernel(f"decode, {kind}", (decode.kernel(lane, code),), partial(_run, kind, 1, _LONG))
     for lq in (_LONG, 2):
         shape = forward.shape_for(1, lq)
-        functions = backward.kernel(shape), backward.by_pair(shape)
-        yield Kernel(f"backward, {shape.rows} queries a tile", functions, partial(_backward, lq))
+        both: tuple[Any, ...] = (backward.kernel(shape), backward.by_pair(shape))
+        yield Kernel(f"backward, {shape.rows} queries a tile", both, partial(_backward, lq))
     yield Kernel("sum of parts", (backward.total,), _sum)
     for kind, (name, call) in product((np.float32, np.float64), _BY_ROW.items()):
         function = getattr(score, name)
