@@ -48,8 +48,11 @@ def kernels() -> Iterator[Kernel]:
         if code:
             functions = tuple(storage._converter(lane << 16 | code << 24, widening) for widening in (True, False))
             yield Kernel(f"conversion of {kind}", functions, partial(_convert, kind))
-        shape = forward.shape_for(1, _LONG, code)
+        shape, small = (forward.shape_for(1, rows, code) for rows in (_LONG, decode.MOST))
         yield Kernel(f"forward, {kind}", (forward.kernel(shape),), partial(_run, kind, _LONG, _LONG))
+        if not decode.suits(small.rows, small.rows):
+            few = partial(_run, kind, small.rows, small.rows)
+            yield Kernel(f"forward of few rows, {kind}", (forward.kernel(small),), few)
         norms = (skipping._measure(shape.width << 16 | 1 << 8 | 1 | code << 24),)
         yield Kernel(f"norms of keys, {kind}", norms, partial(_run, kind, skipping.SHORTEST, skipping.SHORTEST, True))
         yield Kernel(f"decode, {kind}", (decode.kernel(lane, code),), partial(_run, kind, 1, _LONG))
