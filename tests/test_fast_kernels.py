@@ -30,6 +30,7 @@ from refattn.engines.cpu import (
     skipping,
     storage,
     tiles,
+    tuples,
     vectors,
     work,
 )
@@ -252,7 +253,7 @@ def test_an_edited_file_is_another_stamp(tmp_path):
     assert len({_jit.stamp(a), _jit.stamp(b), _jit.stamp(a, b), _jit.stamp()}) == 4
     assert _jit.stamp(a) == _jit.stamp(a)
     kernel = forward.kernel(forward.shape_for(1, 1))
-    read = _jit.stamp(bounds, logits, sight, skipping, tiles, vectors, work)
+    read = _jit.stamp(bounds, logits, sight, skipping, tiles, tuples, vectors, work)
     assert read in {cell.cell_contents for cell in kernel.py_func.__closure__}
 
 

@@ -106,14 +106,16 @@ def modules():
 
 
 def compiled_in(path):
-    """Names in a file that end up in the machine code of what imports them: functions for kernels, and constants."""
+    """Names in a file that end up in the machine code of what imports them: functions, intrinsics, constants."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef):
             if {"inner", "inline", "bare", "jit"} & {getattr(d, "id", "") for d in node.decorator_list}:
                 yield node.name
         else:
             targets = getattr(node, "targets", [getattr(node, "target", None)])
-            yield from (n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name) and n.id.isupper())
+            names = [n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)]
+            made = getattr(getattr(getattr(node, "value", None), "func", None), "id", "") == "intrinsic"
+            yield from (name for name in names if made or name.isupper())
 
 
 def imported(path):

@@ -13,9 +13,12 @@ from typing import Any, TypeVar, cast
 
 import llvmlite
 import numba
+from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba.core.caching import FunctionCache
-from numba.extending import register_jitable
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
+from numba.extending import overload
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
@@ -38,7 +41,7 @@ def bare(function: Kernel) -> Kernel:
 
     Numba counts one for each array of a tuple at each call, with an atomic operation on memory that all threads share.
     """
-    options: dict[str, Any] = {"_nrt": False}
+    options: dict[str, Any] = {"_nrt": False, "no_cfunc_wrapper": True}
     return cast("Kernel", _kept(numba.njit(nogil=True, error_model="numpy", **options)(function)))
 
 
@@ -46,10 +49,56 @@ def inner(function: Kernel) -> Kernel:
     """What kernels call and Python does not, in a kernel's own terms: compiled into each kernel, never kept by itself.
 
     Kept on disk it would be served stale, for its key does not tell of the files that it calls. In Python it remains
-    the plain function. Numba's doors to Python, which for a tuple of thirty arrays are most of the code, are left out.
+    the plain function. A number that is known when a kernel is compiled is known in what it calls. Numba's doors to
+    Python, which for a tuple of thirty arrays are most of the code, are left out.
     """
-    options = dict.fromkeys(("nogil", "no_cpython_wrapper", "no_cfunc_wrapper"), True) | {"_nrt": False}
-    return register_jitable(error_model="numpy", **options)(function)
+    options: Any = dict.fromkeys(("nogil", "no_cpython_wrapper", "no_cfunc_wrapper"), True)
+    options |= {"error_model": "numpy", "_nrt": False, "pipeline_class": _Inner}
+    overload(function, jit_options=options, strict=False, prefer_literal=True)(lambda *_: function)
+    return function
+
+
+class _Inner(Compiler):
+    """Numba's compiler, of which no machine code is asked."""
+
+    def __init__(self, typing: Any, target: Any, library: Any, *rest: Any) -> None:
+        part: Any = _Part
+        super().__init__(typing, target, library or part(target.codegen(), "part"), *rest)  # type: ignore[no-untyped-call]
+
+
+class _Part(JITCodeLibrary):
+    """Code that is linked into a kernel and optimised there.
+
+    Numba would optimise each function with all that it calls, and turn each into machine code that nobody runs.
+    """
+
+    def add_ir_module(self, ir_module: Any) -> None:
+        """Add a function's code. What lies at the address of a tuple is changed by no other way: see `tuples`."""
+        for argument in (a for function in ir_module.functions for a in function.args):
+            if isinstance(getattr(argument.type, "pointee", None), ir.LiteralStructType):
+                argument.add_attribute("noalias")
+        super().add_ir_module(ir_module)  # type: ignore[no-untyped-call]
+
+    def get_pointer_to_function(self, name: str) -> int:
+        """0, as for a function that is not there."""
+        del name
+        self._ensure_finalized()  # type: ignore[no-untyped-call]
+        return 0
+
+    @property
+    def codegen(self) -> Any:
+        """Who is told where a function keeps Python's objects: it has none."""
+        return self
+
+    def set_env(self, name: str, env: Any) -> None:
+        """Nothing is there to be set."""
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()  # type: ignore[no-untyped-call]
+        self._finalized = True
 
 
 class _Cache(FunctionCache):
@@ -79,8 +128,8 @@ def _kept(dispatcher: Any) -> Any:
 
 
 def stamp(*modules: ModuleType) -> int:
-    """A number that changes with the text of the modules and with llvmlite."""
-    found = zlib.crc32(llvmlite.__version__.encode())
+    """A number that changes with the text of the modules and of this one, and with llvmlite."""
+    found = zlib.crc32(Path(__file__).read_bytes(), zlib.crc32(llvmlite.__version__.encode()))
     for module in modules:
         found = zlib.crc32(Path(cast("str", module.__file__)).read_bytes(), found)
     return found

@@ -18,15 +18,15 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import literally  # type: ignore[attr-defined]
 
-from refattn.engines.cpu import gradients, logits, sight, tiles, vectors, work
+from refattn.engines.cpu import gradients, logits, sight, tiles, tuples, vectors, work
 from refattn.engines.cpu._jit import bare, inner, stamp
 from refattn.engines.cpu.forward import Shape
 from refattn.engines.cpu.gradients import bend_back, deltas, multiply, outer, times, turn_back
 from refattn.engines.cpu.logits import biased, scores
 from refattn.engines.cpu.sight import NOTHING, see
 from refattn.engines.cpu.tiles import products, turn
+from refattn.engines.cpu.tuples import lent
 from refattn.engines.cpu.vectors import take
 from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, Rows, Tile, ends_of, lay, locate, pack, tiles_of
 
@@ -108,7 +108,6 @@ def rest(to: Array, source: Array, first: int, rows: int, columns: int, width: i
 @inner
 def enter(shape: int, x: Arrays, given: Given, tile: Tile, at: Rows) -> bool:
     """Qᵀ and doutᵀ of a tile of rows, and what `begin` does."""
-    literally(shape)
     depth, width, lanes = x.sizes[5], x.sizes[6], tile.lanes
     q, dout = x.q.ctypes.data + 4 * at.first * depth, given.dout.ctypes.data + 4 * at.first * width
     turn(shape, tile.q.ctypes.data, q, at.rows, depth, 4 * lanes, 4 * depth)
@@ -125,7 +124,6 @@ def add_product(
     shape: int, to: int, count: int, w: int, down: int, along: int, depth: int, by: int, columns: int
 ) -> None:
     """`outer` of rows whose columns are all they have; compiled once."""
-    literally(shape)
     outer(shape, to, 4 * columns, count, w, down, along, depth, by, 4 * columns, columns)
 
 
@@ -170,7 +168,6 @@ def weights(
     factor: Any,
 ) -> None:
     """P in tile.s and dS times `factor` in tile.bias; with a softcap, scale cap' in `slope`."""
-    literally(shape)
     depth, width, key = x.sizes[5], x.sizes[6], (at.b * x.sizes[2] + at.g) * x.sizes[4] + j
     s, dp, k, steep = tile.s.ctypes.data, tile.bias.ctypes.data, x.k.ctypes.data + 4 * key * depth, np.float32(x.cap[0])
     if steep > 0:
@@ -198,7 +195,6 @@ def pair(
     share: int,
 ) -> None:
     """The five products of a tile of rows and the n-th tile of keys."""
-    literally(shape)
     depth, width, line = x.sizes[5], x.sizes[6], 4 * tile.lanes
     key = (at.b * x.sizes[2] + at.g) * x.sizes[4] + j
     s, dp, scale = tile.s.ctypes.data, tile.bias.ctypes.data, np.float32(given.scale)
@@ -230,10 +226,11 @@ def kernel(shape: Shape) -> Callable[[Arrays, Given, Gradients, Tile, Array, Arr
     """The compiled pass for a tile shape; the array of one number is the next task, which threads share."""
     ROWS = shape.rows
     LITERAL = shape.literal
-    VERSION = stamp(gradients, logits, sight, tiles, vectors, work)
+    VERSION = stamp(gradients, logits, sight, tiles, tuples, vectors, work)
 
     @bare
     def backward(x: Arrays, given: Given, found: Gradients, tile: Tile, slope: Array, counter: Array) -> int:
+        x, given, found, tile = lent(x), lent(given), lent(found), lent(tile)
         batch, heads, groups, lq, lk, depth, width = x.sizes
         each = tiles_of(heads // groups, lq, ROWS)
         rows, step = heads // groups * lq * depth, given.shares * given.step
@@ -278,7 +275,7 @@ def by_pair(shape: Shape) -> Callable[..., int]:
     """
     ROWS = shape.rows
     LITERAL = shape.literal
-    VERSION = stamp(gradients, logits, sight, tiles, vectors, work)
+    VERSION = stamp(gradients, logits, sight, tiles, tuples, vectors, work)
 
     @bare
     def backward_bias(
@@ -291,6 +288,7 @@ def by_pair(shape: Shape) -> Callable[..., int]:
         doubt: Array,
         counter: Array,
     ) -> int:
+        x, given, tile = lent(x), lent(given), lent(tile)
         batch, heads, groups, lq, lk, _, _ = x.sizes
         each = -(-lq // ROWS)
         while True:

@@ -17,9 +17,8 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-from numba import literally  # type: ignore[attr-defined]
 
-from refattn.engines.cpu import columns, lines, shares, sight, tiles, vectors, work
+from refattn.engines.cpu import columns, lines, shares, sight, tiles, tuples, vectors, work
 from refattn.engines.cpu import dots as products
 from refattn.engines.cpu._jit import bare, inner, lanes, stamp
 from refattn.engines.cpu.columns import LEAST, weights
@@ -29,6 +28,7 @@ from refattn.engines.cpu.pool import together
 from refattn.engines.cpu.shares import TILES, Parts, Scratch, begin, bias, in_lines, merge, scratch, share_of, veil
 from refattn.engines.cpu.sight import NOTHING, between, masked
 from refattn.engines.cpu.tiles import bend
+from refattn.engines.cpu.tuples import lent
 from refattn.engines.cpu.vectors import FLOAT32, take
 from refattn.engines.cpu.work import KEYS, Array, Arrays, Ends, Results, Rows
 
@@ -68,10 +68,11 @@ def run(x: Arrays, storage: int = FLOAT32) -> tuple[Array, Array, Array]:
 def kernel(lane: int, storage: int) -> Callable[..., int]:
     """The compiled pass for vectors of so many lanes and a storage; threads share the counter of one number."""
     SHAPE, LANES, LINES = storage << 24 | lane << 16 | KEYS // lane << 8, lane, PARTS[storage]
-    VERSION = stamp(columns, lines, products, shares, sight, tiles, vectors, work)
+    VERSION = stamp(columns, lines, products, shares, sight, tiles, tuples, vectors, work)
 
     @bare
     def decode(x: Arrays, results: Results, parts: Parts, tile: Scratch, share: int, counter: Array) -> int:
+        x, results, parts, tile = lent(x), lent(results), lent(parts), lent(tile)
         _, heads, groups, lq, lk, _, _ = x.sizes
         each, rows = -(-lk // share), parts.top.shape[1]
         while True:
@@ -105,7 +106,6 @@ def attend(
     shape: int, x: Arrays, tile: Scratch, at: Rows, ends: Ends, top: Array, o: Array, first: int, stop: int
 ) -> None:
     """Take the keys from `first`, where a tile begins, to `stop` into a share's part."""
-    literally(shape)
     k_size, v_size = x.sizes[5] * x.k.itemsize, x.sizes[6] * x.v.itemsize
     start = (at.b * x.sizes[2] + at.g) * x.sizes[4]
     k, v = x.k.ctypes.data + start * k_size, x.v.ctypes.data + start * v_size

@@ -15,14 +15,14 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from numba import literally  # type: ignore[attr-defined]
 
-from refattn.engines.cpu import bounds, logits, sight, skipping, tiles, vectors, work
+from refattn.engines.cpu import bounds, logits, sight, skipping, tiles, tuples, vectors, work
 from refattn.engines.cpu._jit import bare, inner, lanes, stamp
 from refattn.engines.cpu.logits import scores, stored
 from refattn.engines.cpu.sight import NOTHING, POSITIONS, SEGMENTS, reach, see
 from refattn.engines.cpu.skipping import Norms, begin, first_tile, note, skipped
 from refattn.engines.cpu.tiles import accumulate, fetch, fill, scale, squash, turn, weigh
+from refattn.engines.cpu.tuples import lent
 from refattn.engines.cpu.vectors import FLOAT32, take
 from refattn.engines.cpu.work import (
     KEYS,
@@ -86,10 +86,11 @@ def kernel(shape: Shape) -> Callable[[Arrays, Norms, Results, Tile, Array], int]
     """The compiled pass for a tile shape; the array of one number is the next task, which threads share."""
     ROWS, VECTORS = shape.rows, shape.vectors
     LITERAL, STRIP = shape.literal, shape.strip
-    VERSION = stamp(bounds, logits, sight, skipping, tiles, vectors, work)
+    VERSION = stamp(bounds, logits, sight, skipping, tiles, tuples, vectors, work)
 
     @bare
     def forward(x: Arrays, norms: Norms, results: Results, tile: Tile, counter: Array) -> int:
+        x, norms, results, tile = lent(x), lent(norms), lent(results), lent(tile)
         batch, heads, groups, lq, _, depth, width = x.sizes
         tasks = batch * groups * tiles_of(heads // groups, lq, ROWS)
         while True:
@@ -135,7 +136,6 @@ def kernel(shape: Shape) -> Callable[[Arrays, Norms, Results, Tile, Array], int]
 @inner
 def opened(shape: int, x: Arrays, results: Results, tile: Tile, at: Rows) -> Ends:
     """Begin a tile of rows: qᵀ, sums of nothing, and the ends of what its rows are."""
-    literally(shape)
     depth, width, line = x.sizes[5], x.sizes[6], 4 * tile.lanes
     start = x.q.ctypes.data + 4 * at.first * depth
     fetch(shape, start, results.out.ctypes.data + 4 * at.first * width, 4 * at.rows * min(depth, width))
@@ -149,7 +149,6 @@ def opened(shape: int, x: Arrays, results: Results, tile: Tile, at: Rows) -> End
 @inner
 def closed(shape: int, x: Arrays, results: Results, tile: Tile, at: Rows) -> None:
     """End a tile of rows: what its sums come to, by the total of the weights."""
-    literally(shape)
     width, o, line = x.sizes[6], tile.o.ctypes.data, 4 * tile.lanes
     divide(tile)
     scale(shape, o, tile.factor.ctypes.data, tile.slope.ctypes.data, width)
@@ -160,7 +159,6 @@ def closed(shape: int, x: Arrays, results: Results, tile: Tile, at: Rows) -> Non
 @inner
 def attend(shape: int, x: Arrays, tile: Tile, at: Rows, k: int, v: int, j: int, count: int, kinds: int) -> None:
     """Take the keys j to j + count into the rows' sums; k and v are addresses of their float32 vectors."""
-    literally(shape)
     s, factor, width = tile.s.ctypes.data, tile.factor.ctypes.data, x.sizes[6]
     unit = scores(shape, x, tile, at, k, j, count, kinds)
     if x.sigmoid:
@@ -176,10 +174,9 @@ def strips(shape: int, x: Arrays, tile: Tile, at: Rows, k: int, v: int, j: int, 
 
     Along the edge of what is visible that is close to half the work.
     """
-    literally(shape)
     lanes = shape >> 16 & 255
     for lane in range(0, at.rows, lanes):
-        strip = cut(tile, lane)
+        strip = lent(cut(tile, lane))
         rows = Rows(at.b, at.g, at.h, at.i + lane, at.first + lane, min(lanes, at.rows - lane), at.apart)
         first, end, kinds = reach(shape, x, strip.bias, rows, ends_of(x, strip, rows), j, count)
         if kinds != NOTHING:

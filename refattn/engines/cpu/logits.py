@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import literally  # type: ignore[attr-defined]
 
 from refattn.engines.cpu._jit import inner
 from refattn.engines.cpu.sight import MASKS, POSITIONS, SEGMENTS
@@ -20,7 +19,6 @@ from refattn.engines.cpu.work import LOG2E, Array, Arrays, Rows, Tile, gather, g
 @inner
 def stored(shape: int, wide: Array, numbers: Array, at: int, count: int) -> Any:
     """Address of `count` float32 numbers of k or v from index `at` on, widened into `wide` where they are narrower."""
-    literally(shape)
     address = np.int64(numbers.ctypes.data) + numbers.itemsize * at
     if numbers.itemsize == 4:
         return address
@@ -35,7 +33,6 @@ def scores(shape: int, x: Arrays, tile: Tile, at: Rows, k: int, j: int, count: i
     −∞ for what is masked; keys j to j + count, all of one tile, whose vectors are at the address k in float32. `kinds`:
     what hides some of the pairs, as `see` says.
     """
-    literally(shape)
     s, steep = tile.s.ctypes.data, np.float32(x.cap[0])
     products(shape, s, tile.q.ctypes.data, k, 4 * x.sizes[5], count, x.sizes[5])
     unit = np.float32(x.unit)
@@ -48,7 +45,6 @@ def scores(shape: int, x: Arrays, tile: Tile, at: Rows, k: int, j: int, count: i
 @inner
 def biased(shape: int, x: Arrays, tile: Tile, at: Rows, j: int, count: int, kinds: int, unit: Any) -> Any:
     """Add biases and masks to logits in tile.s over `unit`; return what they are over now."""
-    literally(shape)
     line, s, bias = 4 * tile.lanes, tile.s.ctypes.data, tile.bias.ctypes.data
     one, width, places = np.float32(1.0), shape >> 16 & 255, x.k_at[at.b % x.k_at.shape[0]]
     if x.sloping:
@@ -79,7 +75,6 @@ def biased(shape: int, x: Arrays, tile: Tile, at: Rows, j: int, count: int, kind
 @inner
 def veil(shape: int, x: Arrays, tile: Tile, at: Rows, j: int, count: int, kinds: int) -> None:
     """−∞ in tile.s for pairs that are masked."""
-    literally(shape)
     s, bias, line = tile.s.ctypes.data, tile.bias.ctypes.data, 4 * tile.lanes
     if kinds & POSITIONS:
         low, high = x.span

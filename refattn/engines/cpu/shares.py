@@ -8,7 +8,6 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
-from numba import literally  # type: ignore[attr-defined]
 
 from refattn.engines.cpu._jit import inner, lanes
 from refattn.engines.cpu.columns import LEAST, added, sloped
@@ -113,7 +112,6 @@ def begin(x: Arrays, tile: Scratch, at: Rows, lane: int, parts: int) -> Ends:
 @inner
 def veil(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: int, kinds: int) -> None:
     """−∞ in the logits at the address s for pairs that are masked; `kinds` as `sight.see` says."""
-    literally(shape)
     lq = x.sizes[3]
     if kinds & POSITIONS:
         low, high = x.span
@@ -142,7 +140,6 @@ def copy(to: Array, numbers: Array, j: int, count: int) -> None:
 @inner
 def bias(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: int) -> None:
     """Add all biases of a tile to its logits at the address s."""
-    literally(shape)
     lq, b = x.sizes[3], at.b
     places = x.k_at[b % x.k_at.shape[0]]
     if x.sloping:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import literally  # type: ignore[attr-defined]
 
 from refattn.engines.cpu._jit import inner
 from refattn.engines.cpu.tiles import survey
@@ -20,7 +19,6 @@ NOTHING = -1
 @inner
 def see(shape: int, x: Arrays, room: Array, at: Rows, ends: Ends, n: int, count: int) -> int:
     """Sum of what hides pairs of these rows and the n-th tile of `count` keys; NOTHING where all are hidden."""
-    literally(shape)
     near, far = x.k_ends[at.b % x.k_ends.shape[0], n]
     low, high = x.k_parts[at.b % x.k_parts.shape[0], n]
     kinds = between(x.span, ends, near, far, low, high)
@@ -53,7 +51,6 @@ def hidden(span: tuple[int, int], ends: Ends, place: int, part: int) -> bool:
 @inner
 def masked(shape: int, x: Arrays, room: Array, at: Rows, j: int, count: int, kinds: int) -> int:
     """`kinds` and MASKS, if masks hide some of the pairs with the keys from j on; NOTHING if one hides all."""
-    literally(shape)
     _, heads, _, lq, _, _, _ = x.sizes
     found, every = room.view(np.uint8), True
     for m in range(x.mask_strides.shape[0]):
@@ -73,7 +70,6 @@ def masked(shape: int, x: Arrays, room: Array, at: Rows, j: int, count: int, kin
 @inner
 def reach(shape: int, x: Arrays, room: Array, at: Rows, ends: Ends, j: int, count: int) -> tuple[int, int, int]:
     """First and end of the keys from j to j + count that a few rows may see, and what hides pairs of them."""
-    literally(shape)
     if ends.least > ends.greatest:
         return j, j, NOTHING
     places, parts = x.k_at[at.b % x.k_at.shape[0]], x.k_segment[at.b % x.k_segment.shape[0]]

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from numba import literally  # type: ignore[attr-defined]
 
 from refattn.engines.cpu import bounds, tiles, vectors, work
 from refattn.engines.cpu._jit import bare, inner, stamp
@@ -164,7 +163,6 @@ def _measure(literal: int) -> Callable[..., Any]:
 @inner
 def begin(shape: int, x: Arrays, tile: Tile, norms: Norms, at: Rows) -> None:
     """Of a tile of rows that has seen nothing, after its queries are laid out."""
-    literally(shape)
     unit = np.float32(x.unit * (1 + SLACK))
     norm, base, centre = tile.norm.ctypes.data, tile.base.ctypes.data, norms.centre[at.b, at.g].ctypes.data
     lengths(shape, norm, base, tile.q.ctypes.data, centre, x.sizes[5], unit, norms.slack[at.b, at.g])
@@ -178,7 +176,6 @@ def begin(shape: int, x: Arrays, tile: Tile, norms: Norms, at: Rows) -> None:
 @inner
 def note(shape: int, tile: Tile, norms: Norms, at: Rows, width: int) -> None:
     """What the rows may leave out by what they have seen so far."""
-    literally(shape)
     scales, absent = norms.scales[at.b, at.g].ctypes.data, norms.absent[at.b, at.g].ctypes.data
     top, total, base = tile.top.ctypes.data, tile.total.ctypes.data, tile.base.ctypes.data
     gauge(shape, tile.budget.ctypes.data, base, tile.o.ctypes.data, width, scales, absent, top, total, OUT, LSE)
@@ -187,7 +184,6 @@ def note(shape: int, tile: Tile, norms: Norms, at: Rows, width: int) -> None:
 @inner
 def spare(shape: int, tile: Tile, norms: Norms, at: Rows, near: int, far: int, length: float, count: int) -> bool:
     """Whether all rows may leave out `count` more keys, of at most that length, from place `near` to `far`: booked."""
-    literally(shape)
     bits = np.float32(math.log2(count) + norms.tables[at.h] + 2.0**-12)
     to, spent, budget, norm = tile.factor, tile.spent.ctypes.data, tile.budget.ctypes.data, tile.norm.ctypes.data
     place, slope = tile.place.ctypes.data, tile.slope.ctypes.data
@@ -214,7 +210,6 @@ def first_tile(x: Arrays, norms: Norms, at: Rows, greatest: int, count: int) -> 
 @inner
 def skipped(shape: int, x: Arrays, tile: Tile, norms: Norms, at: Rows, n: int, count: int, left: bool) -> int:
     """How many tiles may be left out from the n-th on: 0, 1, or if `left`, all from there to the first."""
-    literally(shape)
     near, far = x.k_ends[at.b % x.k_ends.shape[0], n]
     if not spare(shape, tile, norms, at, near, far, norms.keys[at.b, at.g, n], count):
         return 0
