@@ -9,7 +9,7 @@ from checks import same
 import refattn as ra
 from refattn import api
 from refattn.engines import cpu
-from refattn.engines.cpu import fast, pool, skipping
+from refattn.engines.cpu import adjoint, fast, pool, skipping
 from refattn.engines.cpu.work import KEYS
 
 UNIT = 2.0**-24
@@ -196,3 +196,32 @@ def test_what_all_keys_have_in_common_changes_little(rng, monkeypatch):
     plain = left_out(prepared(spec, inputs), monkeypatch).sum()
     inputs["k"] += 8 * rng.standard_normal(16).astype(np.float32)
     assert left_out(prepared(spec, inputs), monkeypatch).sum() > 0.9 * plain
+
+
+def gradients_of(inputs, dout, causal="top_left"):
+    spec = ra.SDPA(causal=causal, bias=ra.ALiBi(slopes="learned"))
+    slopes = np.exp2(-np.arange(inputs["q"].shape[1], dtype=np.float32))
+    return ra.vjp(spec, inputs | {"slopes": slopes}, {"out": dout}, engine="cpu")
+
+
+@pytest.mark.parametrize("causal", ["top_left", False])
+def test_gradients_leave_out_only_what_changes_no_bit(causal, rng, monkeypatch):
+    inputs = inputs_of(rng, heads=4, length=1000, depth=24, groups=2)
+    inputs["k"][0, 1, 30] *= 40
+    dout = rng.standard_normal((*inputs["q"].shape[:3], 16)).astype(np.float32)
+    found = gradients_of(inputs, dout, causal)
+    monkeypatch.setattr(adjoint, "norms", lambda *x: skipping._NONE)
+    for n, whole in gradients_of(inputs, dout, causal).items():
+        same(found[n], whole)
+
+
+def test_gradients_do_leave_out(rng, monkeypatch):
+    """Lengths of keys that are said to be 0 let what counts go too, so the lengths are asked."""
+    inputs = inputs_of(rng, heads=2, length=640)
+    inputs["k"][0, :, 5] = inputs["q"][0, :, 600] * 40
+    dout = rng.standard_normal(inputs["q"].shape).astype(np.float32)
+    right = gradients_of(inputs, dout)
+    monkeypatch.setattr(
+        adjoint, "norms", lambda *x: (n := skipping.norms(*x))._replace(keys=0 * n.keys, centre=0 * n.centre)
+    )
+    assert not np.array_equal(gradients_of(inputs, dout)["dk"], right["dk"])

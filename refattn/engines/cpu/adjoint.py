@@ -11,6 +11,7 @@ from refattn.engines.cpu.backward import Given, Gradients, by_pair, kernel, tota
 from refattn.engines.cpu.forward import shape_for
 from refattn.engines.cpu.operands import differences, rank4
 from refattn.engines.cpu.pool import spread, together
+from refattn.engines.cpu.skipping import norms
 from refattn.engines.cpu.work import KEYS, Array, Arrays, scratch
 from refattn.plan import Dense, Score, Slope, Table
 
@@ -109,13 +110,10 @@ def _of_tiles(
     gradients = Gradients._make([*results, low, count, doubt])
     shape = shape_for(heads // groups, lq)
     own = _given(plan, given, shares, step)
-    work = given.lse.size * lk * (3 * depth + 2 * width)
-    together(
-        kernel(shape),
-        lambda: (x, own, gradients, scratch(shape.rows, depth, width, shape.storage), _bent(shape.rows), counter),
-        doubt.size,
-        work,
-    )
+    known = norms(x, shape.width, shape.storage)
+    work, sizes = given.lse.size * lk * (3 * depth + 2 * width), (shape.rows, depth, width, shape.storage)
+    arguments = x, known, own, gradients
+    together(kernel(shape), lambda: (*arguments, scratch(*sizes), _bent(shape.rows), counter), doubt.size, work)
     if doubt.any():
         return None
     found |= {"q": _summed(dq), "k": dk, "v": dv}

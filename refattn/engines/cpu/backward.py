@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn.engines.cpu import gradients, logits, sight, tiles, tuples, vectors, work
+from refattn.engines.cpu import bounds, gradients, logits, sight, skipping, tiles, tuples, vectors, work
 from refattn.engines.cpu._jit import bare, inner, stamp
 from refattn.engines.cpu.forward import Shape
 from refattn.engines.cpu.gradients import bend_back, deltas, multiply, outer, times, turn_back
 from refattn.engines.cpu.logits import biased, scores
 from refattn.engines.cpu.sight import NOTHING, see
+from refattn.engines.cpu.skipping import Norms, gone, hold
 from refattn.engines.cpu.tiles import products, turn
 from refattn.engines.cpu.tuples import lent
 from refattn.engines.cpu.vectors import take
@@ -222,15 +223,17 @@ def total(parts: Array, start: int, stop: int) -> None:
 
 
 @cache
-def kernel(shape: Shape) -> Callable[[Arrays, Given, Gradients, Tile, Array, Array], int]:
+def kernel(shape: Shape) -> Callable[[Arrays, Norms, Given, Gradients, Tile, Array, Array], int]:
     """The compiled pass for a tile shape; the array of one number is the next task, which threads share."""
     ROWS = shape.rows
     LITERAL = shape.literal
-    VERSION = stamp(gradients, logits, sight, tiles, tuples, vectors, work)
+    VERSION = stamp(bounds, gradients, logits, sight, skipping, tiles, tuples, vectors, work)
 
     @bare
-    def backward(x: Arrays, given: Given, found: Gradients, tile: Tile, slope: Array, counter: Array) -> int:
-        x, given, found, tile = lent(x), lent(given), lent(found), lent(tile)
+    def backward(
+        x: Arrays, known: Norms, given: Given, found: Gradients, tile: Tile, slope: Array, counter: Array
+    ) -> int:
+        x, known, given, found, tile = lent(x), lent(known), lent(given), lent(found), lent(tile)
         batch, heads, groups, lq, lk, depth, width = x.sizes
         each = tiles_of(heads // groups, lq, ROWS)
         rows, step = heads // groups * lq * depth, given.shares * given.step
@@ -248,13 +251,17 @@ def kernel(shape: Shape) -> Callable[[Arrays, Given, Gradients, Tile, Array, Arr
                     ends = ends_of(x, tile, at)
                     if ends.least > ends.greatest:
                         continue
-                    entered = False
+                    entered, falls = False, known.on and at.apart and x.slopes[at.h] > 0
                     for n in range(first, stop):
                         count = min(KEYS, x.k_length[at.b] - n * KEYS)
                         kinds = see(LITERAL, x, tile.bias, at, ends, n, count)
                         if kinds != NOTHING:
                             if not entered:
                                 entered, sure = True, enter(LITERAL, x, given, tile, at) and sure
+                                if falls:
+                                    hold(LITERAL, x, tile, known, at)
+                            if falls and gone(LITERAL, x, tile, known, at, n):
+                                continue
                             pair(LITERAL, x, given, found, tile, slope, at, n * KEYS, count, kinds, share)
                 for n in range(first, stop):
                     key, count = head * lk + n * KEYS, min(KEYS, lk - n * KEYS)

@@ -15,6 +15,9 @@ keys weigh at most w = n 2^b_B. With Z the final sum, and as Σ_j p_j |v_jd| ≥
 Z is not needed, for both sides are over it. There is one ε for each row: what its tiles may weigh is summed up against
 it. Whatever is rounded here is rounded to the safe side, by `SLACK` or a few hundredths of a bit. A tile with a number
 in it that is not finite is never left out, nor is anything by a row with one.
+
+Gradients have no such share, for their bounds are not told by what has been summed. There a tile goes whose weights, by
+the same b_B and the row's lse, are below what float32 holds.
 """
 # ruff: noqa: PLR0917  Numba calls kernels by position
 
@@ -194,6 +197,23 @@ def spare(shape: int, tile: Tile, norms: Norms, at: Rows, near: int, far: int, l
     for r in range(tile.lanes):
         tile.spent[r] = to[r]
     return True
+
+
+@inner
+def hold(shape: int, x: Arrays, tile: Tile, norms: Norms, at: Rows) -> None:
+    """For gradients, with lse in tile.top: a weight below 2⁻¹²⁷ is 0 in a kernel, so a tile of them changes no bit."""
+    begin(shape, x, tile, norms, at)
+    for r in range(tile.lanes):
+        rounding = (abs(tile.top[r]) + abs(tile.base[r])) * np.float32(2.0**-22)
+        if tile.top[r] < np.inf:
+            tile.budget[r] = tile.top[r] - tile.base[r] - rounding - np.float32(128.0)
+
+
+@inner
+def gone(shape: int, x: Arrays, tile: Tile, norms: Norms, at: Rows, n: int) -> bool:
+    """Whether the n-th tile of keys has weights of 0 alone, after `hold`."""
+    near, far = x.k_ends[at.b % x.k_ends.shape[0], n]
+    return spare(shape, tile, norms, at, near, far, norms.keys[at.b, at.g, n], 1)
 
 
 @inner
