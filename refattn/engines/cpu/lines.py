@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from refattn.engines.cpu.vectors import BFLOAT16, F16, F32, FLOAT16, FLOAT32, I8, I16, I32, I64, Lanes
 
-PARTS = (1, 2, 1, 4)  # of a line, by storage; the last is of integers of 8 bits
+PARTS = (1, 2, 1, 4)  # of a line, by storage
 BYTES = (4, 2, 2, 1)  # of a stored number
 _STORED = (F32, I16, I16, I8)
 
@@ -58,11 +58,11 @@ class Reader:
         function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
         return b.call(function, [place, I32(1), mask, ir.Constant(self.kind, None)])
 
-    def split(self, size: Any) -> tuple[Any, Any, Any]:
-        """Of a row of so many numbers: whole lines, numbers left, and bytes."""
+    def split(self, size: Any) -> tuple[Any, Any]:
+        """Of a row of so many numbers: whole lines, and numbers left."""
         b = self.x.b
         whole = b.sdiv(size, I64(self.numbers))
-        return whole, b.sub(size, b.mul(whole, I64(self.numbers))), b.mul(size, I64(BYTES[self.x.storage]))
+        return whole, b.sub(size, b.mul(whole, I64(self.numbers)))
 
 
 def kept(x: Lanes, address: Any) -> Any:

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 F16, F32 = ir.HalfType(), ir.FloatType()
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # storages
+FLOAT32, BFLOAT16, FLOAT16, INT8 = 0, 1, 2, 3  # storages; of the last `lines` alone knows
 
 # 2^f = 1 + f p(f) for |f| ≤ ½, coefficients from the least power: the minimax fit of relative error rounded to float32.
 _EXP2 = "0x1.62e42ap-1 0x1.ebf9bcp-3 0x1.c6b752p-5 0x1.3cea88p-7 0x1.5bba14p-10"
