@@ -16,7 +16,7 @@ from checks import OUTPUTS, same, within
 import refattn as ra
 from refattn import api
 from refattn.engines import cpu
-from refattn.engines.cpu import _jit, columns, decode, dots, fast, lines, pool, shares, sight, tiles, vectors, work
+from refattn.engines.cpu import _jit, blocks, columns, decode, dots, fast, lines, pool, shares, sight, tiles, vectors, work
 
 STORED = (np.float32, ml_dtypes.bfloat16, np.float16)
 
@@ -261,4 +261,4 @@ def test_shorter_vectors_give_results_within_the_bound(cpu_name, tmp_path):
 
 def test_the_kernel_is_stamped_with_what_it_calls():
     closed = {cell.cell_contents for cell in decode.kernel(_jit.lanes(), 0).py_func.__closure__}
-    assert _jit.stamp(columns, lines, dots, shares, sight, tiles, vectors, work) in closed
+    assert _jit.stamp(blocks, columns, lines, dots, shares, sight, tiles, vectors, work) in closed

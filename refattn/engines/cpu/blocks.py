@@ -12,6 +12,7 @@ from refattn.engines.cpu._jit import inner
 from refattn.engines.cpu.operands import Array
 from refattn.engines.cpu.storage import storage_of
 from refattn.engines.cpu.vectors import INT8
+from refattn.engines.cpu.work import KEYS
 from refattn.plan import Score, keys
 
 
@@ -89,6 +90,17 @@ def _gathered(plan: Score, kept: Array) -> Array:
     block, slot = (table[:, place // size], place % size) if lk else (np.zeros((len(table), 0), np.int64), place)
     found: Array = kept[block[:, None], np.arange(groups)[:, None], slot]
     return found
+
+
+@inner
+def located(
+    shape: int, x: Blocks, where: Array, b: int, g: int, groups: int, base: int, size: int, j: int, stop: int, near: int
+) -> Any:
+    """What tells where the keys from j on lie: the address of key j, or of a table of so many as a tile and `near`."""
+    if shape >> 27 & 1:
+        addresses(where[: KEYS + near], x, b, g, groups, base, size, j, stop)
+        return np.int64(where.ctypes.data)
+    return np.int64(base + ((b * groups + g) * x.size + j) * size)
 
 
 @inner

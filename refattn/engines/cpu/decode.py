@@ -22,7 +22,7 @@ from numba import literally  # type: ignore[attr-defined]
 from refattn.engines.cpu import blocks, columns, lines, shares, sight, tiles, vectors, work
 from refattn.engines.cpu import dots as products
 from refattn.engines.cpu._jit import bare, inner, lanes, stamp
-from refattn.engines.cpu.blocks import Blocks, addresses, scales
+from refattn.engines.cpu.blocks import Blocks, located, scales
 from refattn.engines.cpu.columns import LEAST, scaled, valued, weights
 from refattn.engines.cpu.dots import blend, dots
 from refattn.engines.cpu.lines import PARTS
@@ -36,7 +36,7 @@ from refattn.engines.cpu.work import KEYS, Array, Arrays, Ends, Results, Rows
 MOST = 16  # of a key head at most; with few keys fewer, as was measured: 4 always, 8 from 128 keys on
 _ALWAYS = 4
 _ROWS_AHEAD = 4  # rows of k and v that are brought near ahead of a single pass over them
-_BYTES_AHEAD = 8192  # the same where several passes share what was read
+_BYTES_AHEAD = 8192  # the same where several passes share what was read, or where pages do not follow each other
 
 
 def suits(rows: int, lk: int) -> bool:
@@ -44,8 +44,8 @@ def suits(rows: int, lk: int) -> bool:
     return rows <= MOST and (rows <= _ALWAYS or 2 * rows * rows <= lk)
 
 
-def run(x: Arrays, kept: Blocks, storage: int = FLOAT32) -> tuple[Array, Array, Array]:
-    """Out (B,Hq,Lq,Dv), lse (B,Hq,Lq) and which rows are to be made again."""
+def run(x: Arrays, kept: Blocks, storage: int = FLOAT32, tabled: bool = False) -> tuple[Array, Array, Array]:
+    """Out (B,Hq,Lq,Dv), lse (B,Hq,Lq) and which rows are to be made again; tabled: whether keys stand in pages."""
     batch, heads, groups, lq, lk, depth, width = x.sizes
     shape = (batch, heads, lq)
     out, lse, redo = np.empty((*shape, width), np.float32), np.empty(shape, np.float32), np.empty(shape, np.bool_)
@@ -57,7 +57,7 @@ def run(x: Arrays, kept: Blocks, storage: int = FLOAT32) -> tuple[Array, Array, 
     parts = Parts(top, total, o, np.zeros(batch * groups, np.int64))
     counter = np.zeros(1, np.int64)
     together(
-        kernel(lanes(), storage),
+        kernel(lanes(), storage, tabled),
         lambda: (x, kept, results, parts, scratch(count, in_lines(depth, storage)), share, counter),
         tasks,
         lse.size * lk * (depth + width),
@@ -66,9 +66,9 @@ def run(x: Arrays, kept: Blocks, storage: int = FLOAT32) -> tuple[Array, Array, 
 
 
 @cache
-def kernel(lane: int, storage: int) -> Callable[..., int]:
+def kernel(lane: int, storage: int, tabled: bool = False) -> Callable[..., int]:
     """The compiled pass for vectors of so many lanes and a storage; threads share the counter of one number."""
-    SHAPE, LANES, LINES = storage << 24 | lane << 16 | KEYS // lane << 8, lane, PARTS[storage]
+    SHAPE, LANES, LINES = tabled << 27 | storage << 24 | lane << 16 | KEYS // lane << 8, lane, PARTS[storage]
     VERSION = stamp(blocks, columns, lines, products, shares, sight, tiles, vectors, work)
 
     @bare
@@ -120,7 +120,8 @@ def attend(
     literally(shape)
     step, size = step_of(shape, at), x.sizes[5] * x.k.itemsize
     k_ends, k_parts = x.k_ends[at.b % x.k_ends.shape[0]], x.k_parts[at.b % x.k_parts.shape[0]]
-    q, q_line, where, near = tile.q.ctypes.data, 4 * tile.q.shape[1], tile.where.ctypes.data, ahead(at, size)
+    q, q_line, near = tile.q.ctypes.data, 4 * tile.q.shape[1], ahead(shape, at, size)
+    k, unit = x.k.ctypes.data, 8 if shape >> 27 & 1 else size
     s, used = tile.s.ctypes.data, 0
     bent, biased = x.cap[0] > 0, x.sloping or x.table.shape[1] + x.bias_strides.shape[0] > 0
     c = np.float32(x.cap[0] if bent else x.unit)
@@ -130,10 +131,10 @@ def attend(
         if kinds != NOTHING and x.mask_strides.shape[0] > 0:
             kinds = masked(shape, x, tile.bias[0], at, j, count, kinds)
         if kinds != NOTHING:
-            addresses(tile.where[: KEYS + near], kept, at.b, at.g, x.sizes[2], x.k.ctypes.data, size, j, stop)
+            at_k = located(shape, kept, tile.where, at.b, at.g, x.sizes[2], k, size, j, stop, near)
             for m in range(0, count, step):
                 many = min(step, count - m)
-                dots(shape, here + 4 * m, q, q_line, at.rows, where + 8 * m, 8 * near, many, x.sizes[5], c)
+                dots(shape, here + 4 * m, q, q_line, at.rows, at_k + m * unit, near * unit, many, x.sizes[5], c)
             # A call that hands over all arrays takes as long as some keys: none for what the plan has not.
             if kept.k_scale.shape[0] > 0:
                 own = tile.v_scale[used]
@@ -161,19 +162,20 @@ def weigh(
 ) -> None:
     """Make weights of the logits of so many tiles, and take the values of their keys, none from `stop` on, into o."""
     literally(shape)
-    step, row = step_of(shape, at), x.sizes[6] * x.v.itemsize
-    s, size, line, near = tile.s.ctypes.data, 4 * KEYS * at.rows, 4 * o.shape[1], ahead(at, row)
+    step, row, v = step_of(shape, at), x.sizes[6] * x.v.itemsize, x.v.ctypes.data
+    s, size, line, near = tile.s.ctypes.data, 4 * KEYS * at.rows, 4 * o.shape[1], ahead(shape, at, row)
+    unit = 8 if shape >> 27 & 1 else row
     weights(shape, s, size, used, top.ctypes.data, tile.sums.ctypes.data, tile.factor.ctypes.data, at.rows)
     for t in range(used):
         j, here = tile.first[t], s + t * size
         count = min(KEYS, stop - j)
         if kept.v_scale.shape[0] > 0:
             valued(shape, here, at.rows, tile.v_scale[t].ctypes.data)
-        addresses(tile.where[: KEYS + near], kept, at.b, at.g, x.sizes[2], x.v.ctypes.data, row, j, stop)
+        at_v = located(shape, kept, tile.where, at.b, at.g, x.sizes[2], v, row, j, stop, near)
         for m in range(0, count, step):
             by = tile.factor.ctypes.data if t + m == 0 else tile.ones.ctypes.data
-            many, at_v, w = min(step, count - m), tile.where.ctypes.data + 8 * m, here + 4 * m
-            blend(shape, o.ctypes.data, line, by, w, at.rows, at_v, 8 * near, many, x.sizes[6])
+            many, w = min(step, count - m), here + 4 * m
+            blend(shape, o.ctypes.data, line, by, w, at.rows, at_v + m * unit, near * unit, many, x.sizes[6])
 
 
 @inner
@@ -183,6 +185,9 @@ def step_of(shape: int, at: Rows) -> int:
 
 
 @inner
-def ahead(at: Rows, size: int) -> int:
+def ahead(shape: int, at: Rows, size: int) -> int:
     """Rows of `size` bytes between the one that is met and the one that is brought near."""
-    return min(KEYS, _ROWS_AHEAD if at.rows <= 2 else -(-_BYTES_AHEAD // size))
+    rows = -(-_BYTES_AHEAD // size)
+    if shape >> 27 & 1:
+        return min(KEYS, rows)
+    return _ROWS_AHEAD if at.rows <= 2 else rows

@@ -76,7 +76,7 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
     x = arrays(plan, q, k, v)
     batch, heads, groups, lq, lk, depth, width = x.sizes
     if few(plan, heads // groups * lq, lk):
-        return decode.run(x, blocks(plan), stored(k) or FLOAT32)
+        return decode.run(x, blocks(plan), stored(k) or FLOAT32, plan.pages is not None)
     storage = storage_of(k) or FLOAT32
     out, lse = np.empty((batch, heads, lq, width), np.float32), np.empty(q.shape[:3], np.float32)
     redo, counter = np.empty(q.shape[:3], np.bool_), np.zeros(1, np.int64)

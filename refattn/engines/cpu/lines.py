@@ -58,11 +58,11 @@ class Reader:
         function = b.module.globals.get(name) or ir.Function(b.module, kind, name)
         return b.call(function, [place, I32(1), mask, ir.Constant(self.kind, None)])
 
-    def split(self, size: Any) -> tuple[Any, Any]:
-        """Of a row of so many numbers: whole lines, and numbers left."""
+    def split(self, size: Any) -> tuple[Any, Any, Any]:
+        """Of a row of so many numbers: whole lines, numbers left, and bytes."""
         b = self.x.b
         whole = b.sdiv(size, I64(self.numbers))
-        return whole, b.sub(size, b.mul(whole, I64(self.numbers)))
+        return whole, b.sub(size, b.mul(whole, I64(self.numbers))), b.mul(size, I64(BYTES[self.x.storage]))
 
 
 def kept(x: Lanes, address: Any) -> Any:

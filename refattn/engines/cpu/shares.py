@@ -72,7 +72,8 @@ def scratch(count: int, depth: int) -> Scratch:
         for start, size, shape in zip(starts, sizes, shapes, strict=False)
     ]
     found[5][:] = 1.0
-    return Scratch(*found[:7], *(a.view(np.int32) for a in found[7:11]), found[11].view(np.int64), *found[12:])
+    kinds = [np.float32] * 7 + [np.int32] * 4 + [np.int64] + [np.float32] * 2
+    return Scratch(*(a.view(kind) for a, kind in zip(found, kinds, strict=True)))
 
 
 def in_lines(size: int, storage: int) -> int:

@@ -34,14 +34,15 @@ class Lanes:
     """Emits operations on `vectors` vectors of `width` float32; a tile's row is all of them, one lane for each query.
 
     Memory is addressed by integers, in bytes; an address need not be aligned. The shape is a number, for Numba takes no
-    other literals: block + 2⁸ vectors + 2¹⁶ width + 2²⁴ storage + 2²⁸ stride, where `storage` is how k and v lie in
-    memory, and a row begins `stride` vectors after the one before, or `vectors` if it is 0.
+    other literals: block + 2⁸ vectors + 2¹⁶ width + 2²⁴ storage + 2²⁷ tabled + 2²⁸ stride, where `storage` is how k and
+    v lie in memory, `tabled` whether a table holds the addresses of their rows, and a tile's row begins `stride`
+    vectors after the one before, or `vectors` if it is 0.
     """
 
     def __init__(self, builder: Any, shape: int) -> None:
         self.b = builder
         self.width, self.vectors, self.block = shape >> 16 & 255, shape >> 8 & 255, shape & 255
-        self.storage = shape >> 24 & 15
+        self.storage, self.tabled = shape >> 24 & 7, shape >> 27 & 1
         self.row = 4 * self.width * (shape >> 28 or self.vectors)
         self.floats, self.integers = ir.VectorType(F32, self.width), ir.VectorType(I32, self.width)
 
