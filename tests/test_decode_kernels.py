@@ -16,7 +16,21 @@ from checks import OUTPUTS, same, within
 import refattn as ra
 from refattn import api
 from refattn.engines import cpu
-from refattn.engines.cpu import _jit, blocks, columns, decode, dots, fast, lines, pool, shares, sight, tiles, vectors, work
+from refattn.engines.cpu import (
+    _jit,
+    blocks,
+    columns,
+    decode,
+    dots,
+    fast,
+    lines,
+    pool,
+    shares,
+    sight,
+    tiles,
+    vectors,
+    work,
+)
 
 STORED = (np.float32, ml_dtypes.bfloat16, np.float16)
 
