@@ -1,4 +1,4 @@
-"""The plan of a problem lowered from the shapes of q, k and v: their numbers go into it as they are stored."""
+"""The plan of a problem lowered from the shapes of q, k and v: their numbers and scales go into it as stored."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from refattn.plan import Score, leaves
 Shapes = tuple[tuple[int, ...], ...]
 
 _LARGEST = 1 << 20  # bytes of a plan that is kept
+_STORED = frozenset({"q", "k", "v", "k_scale", "v_scale"})  # go into a plan as they are stored
 
 
 class Unread:
@@ -49,7 +50,7 @@ def outline(problem: Any, others: Mapping[str, Any] | None = None) -> Score | No
             return plan.args[0]  # type: ignore[no-any-return]
         except TypeError:  # of a spec that has no hash
             pass
-    real = {n: a.astype(np.float64, copy=False) for n, a in problem.real_inputs().items() if n not in {"q", "k", "v"}}
+    real = {n: a.astype(np.float64, copy=False) for n, a in problem.real_inputs().items() if n not in _STORED}
     return _lowered(lower, problem.spec, shapes, dict(inputs) | real | dict(others or {}))
 
 

@@ -18,6 +18,7 @@ from refattn import api
 from refattn.engines import cpu
 from refattn.engines.cpu import (
     _jit,
+    blocks,
     columns,
     decode,
     dots,
@@ -275,4 +276,4 @@ def test_shorter_vectors_give_results_within_the_bound(cpu_name, tmp_path):
 
 def test_the_kernel_is_stamped_with_what_it_calls():
     closed = {cell.cell_contents for cell in decode.kernel(_jit.lanes(), 0).py_func.__closure__}
-    assert _jit.stamp(columns, lines, dots, shares, sight, tiles, tuples, vectors, work) in closed
+    assert _jit.stamp(blocks, columns, lines, dots, shares, sight, tiles, tuples, vectors, work) in closed

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from refattn import unread
 from refattn.engines.cpu import adjoint, fast, score, skipping
+from refattn.engines.cpu.blocks import in_a_row, packed, stored
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
 from refattn.errors import ShapeError, Unsupported
-from refattn.plan import Dense, Score, Slope, Table, leaves, map_leaves
+from refattn.plan import Dense, Score, Slope, Table, keys, leaves, map_leaves
 from refattn.problem import Problem
 from refattn.spec import Outputs
 from refattn.tape import Tape, Variable
@@ -79,7 +80,7 @@ def vjp(
     inputs = {n: tape.variable(real[n].astype(np.float64, copy=False)) for n in wrt if n not in own}
     # Where q, k and v are the plan's own, their cotangents are the gradients.
     taped: Any = unread.plan(problem, inputs)
-    if taped is None or not (taped.pages is None and taped.k_scale is None and taped.v_scale is None):
+    if taped is None or packed(taped):
         x, own = problem.lift(np.asarray), set()
         inputs = {n: tape.variable(x[n]) for n in wrt}
         lowered: Any = problem.lowered(x | inputs)
@@ -102,9 +103,8 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
 
     q, k and v stand in for those of the plan.
     """
-    if plan.pages is not None or plan.k_scale is not None or plan.v_scale is not None:
-        plan = unpacked(replace(plan, q=q, k=k, v=v))
-        q, k, v = plan.q, plan.k, plan.v
+    if packed(plan):
+        return _packed(plan, q, k, v, kind)
     if kind is np.float64 or not fast.takes(plan):
         return _forward(prepare(replace(plan, q=q, k=k, v=v), kind))
     given, q, count = {"q": q, "k": k, "v": v}, widened(q), q.shape[1] // k.shape[1] * q.shape[2]
@@ -132,6 +132,25 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
             score.forward(again, out, lse, row, row + 1)
         _sign(out, lse)
     return {"out": out} if plan.normalizer == "sigmoid" else {"out": out, "lse": lse}
+
+
+def _packed(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) -> dict[str, NDArray[Any]]:
+    """As `_outputs`: few rows read keys and values where they stand, others and those of doubt from a row of them."""
+    if kind is np.float64:
+        row = unpacked(replace(plan, q=q, k=k, v=v))
+        return _outputs(row, q, row.k, row.v, kind)
+    if not fast.takes(plan) or not fast.few(plan, q.shape[1] // k.shape[1] * q.shape[2], keys(plan)):
+        row = in_a_row(plan, k, v)
+        return _outputs(row, q, row.k, row.v, kind)
+    numbers = widened(q), k, v
+    if k.dtype != v.dtype or stored(k) is None:
+        numbers = widened(q), widened(k), widened(v)
+    out, lse, redo = fast.run(plan, *(converted(a, a.dtype) for a in numbers))
+    if redo.any():
+        row = in_a_row(plan, k, v)
+        again = _outputs(row, q, row.k, row.v, kind)
+        out[redo], lse[redo] = again["out"][redo], again["lse"][redo]
+    return {"out": out, "lse": lse}
 
 
 def _forward(x: Operands) -> dict[str, Floats]:

@@ -282,7 +282,7 @@ def by_pair(shape: Shape) -> Callable[..., int]:
     """
     ROWS = shape.rows
     LITERAL = shape.literal
-    VERSION = stamp(gradients, logits, sight, tiles, tuples, vectors, work)
+    VERSION = stamp(bounds, gradients, logits, sight, skipping, tiles, tuples, vectors, work)
 
     @bare
     def backward_bias(

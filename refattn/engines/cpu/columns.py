@@ -55,6 +55,28 @@ def weights(x: Lanes, s: Any, size: Any, tiles: Any, m: Any, total: Any, factor:
 
 
 @inline
+def scaled(x: Lanes, s: Any, count: Any, k_scale: Any, v_scale: Any) -> None:
+    """s[r,n] *= k_scale[n]; NaN for what is not finite, in v_scale too."""
+    by, values, zero = x.loads(k_scale), x.loads(v_scale), x.spread(0.0)
+    with x.each(count) as r:
+        row = x.at(s, (r, x.row))
+        found = [x.b.fmul(a, scale) for a, scale in zip(x.loads(row), by, strict=True)]
+        x.stores([x.fma(v, zero, x.fma(a, zero, a)) for v, a in zip(values, found, strict=True)], row)
+
+
+@inline
+def valued(x: Lanes, w: Any, count: Any, v_scale: Any) -> None:
+    """w[r,n] *= v_scale[n]; a weight of 0 stays, for a key that is masked may have any scale."""
+    by, zero = x.loads(v_scale), x.spread(0.0)
+    with x.each(count) as r:
+        row = x.at(w, (r, x.row))
+        found = x.loads(row)
+        products = [x.b.fmul(a, scale) for a, scale in zip(found, by, strict=True)]
+        live = [x.b.fcmp_unordered("!=", a, zero) for a in found]
+        x.stores([x.b.select(c, a, zero) for c, a in zip(live, products, strict=True)], row)
+
+
+@inline
 def sloped(x: Lanes, s: Any, count: Any, k_at: Any, q_at: Any, slope: Any) -> None:
     """s[r,n] −= slope[r] |k_at[n] − q_at[r]|, positions int32."""
     keys = x.loads_of(k_at, x.integers)

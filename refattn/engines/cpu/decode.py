@@ -18,10 +18,11 @@ from functools import cache
 
 import numpy as np
 
-from refattn.engines.cpu import columns, lines, shares, sight, tiles, tuples, vectors, work
+from refattn.engines.cpu import blocks, columns, lines, shares, sight, tiles, tuples, vectors, work
 from refattn.engines.cpu import dots as products
 from refattn.engines.cpu._jit import bare, inner, lanes, stamp
-from refattn.engines.cpu.columns import LEAST, weights
+from refattn.engines.cpu.blocks import Blocks, located, scales
+from refattn.engines.cpu.columns import LEAST, scaled, valued, weights
 from refattn.engines.cpu.dots import blend, dots
 from refattn.engines.cpu.lines import PARTS
 from refattn.engines.cpu.pool import together
@@ -35,7 +36,7 @@ from refattn.engines.cpu.work import KEYS, Array, Arrays, Ends, Results, Rows
 MOST = 16  # of a key head at most; with few keys fewer, as was measured: 4 always, 8 from 128 keys on
 _ALWAYS = 4
 _ROWS_AHEAD = 4  # rows of k and v that are brought near ahead of a single pass over them
-_BYTES_AHEAD = 8192  # the same where several passes share what was read
+_BYTES_AHEAD = 8192  # the same where several passes share what was read, or where pages do not follow each other
 
 
 def suits(rows: int, lk: int) -> bool:
@@ -43,8 +44,8 @@ def suits(rows: int, lk: int) -> bool:
     return rows <= MOST and (rows <= _ALWAYS or 2 * rows * rows <= lk)
 
 
-def run(x: Arrays, storage: int = FLOAT32) -> tuple[Array, Array, Array]:
-    """Out (B,Hq,Lq,Dv), lse (B,Hq,Lq) and which rows are to be made again."""
+def run(x: Arrays, kept: Blocks, storage: int = FLOAT32, tabled: bool = False) -> tuple[Array, Array, Array]:
+    """Out (B,Hq,Lq,Dv), lse (B,Hq,Lq) and which rows are to be made again; tabled: whether keys stand in pages."""
     batch, heads, groups, lq, lk, depth, width = x.sizes
     shape = (batch, heads, lq)
     out, lse, redo = np.empty((*shape, width), np.float32), np.empty(shape, np.float32), np.empty(shape, np.bool_)
@@ -56,8 +57,8 @@ def run(x: Arrays, storage: int = FLOAT32) -> tuple[Array, Array, Array]:
     parts = Parts(top, total, o, np.zeros(batch * groups, np.int64))
     counter = np.zeros(1, np.int64)
     together(
-        kernel(lanes(), storage),
-        lambda: (x, results, parts, scratch(count, in_lines(depth, storage)), share, counter),
+        kernel(lanes(), storage, tabled),
+        lambda: (x, kept, results, parts, scratch(count, in_lines(depth, storage)), share, counter),
         tasks,
         lse.size * lk * (depth + width),
     )
@@ -65,14 +66,16 @@ def run(x: Arrays, storage: int = FLOAT32) -> tuple[Array, Array, Array]:
 
 
 @cache
-def kernel(lane: int, storage: int) -> Callable[..., int]:
+def kernel(lane: int, storage: int, tabled: bool = False) -> Callable[..., int]:
     """The compiled pass for vectors of so many lanes and a storage; threads share the counter of one number."""
-    SHAPE, LANES, LINES = storage << 24 | lane << 16 | KEYS // lane << 8, lane, PARTS[storage]
-    VERSION = stamp(columns, lines, products, shares, sight, tiles, tuples, vectors, work)
+    SHAPE, LANES, LINES = tabled << 27 | storage << 24 | lane << 16 | KEYS // lane << 8, lane, PARTS[storage]
+    VERSION = stamp(blocks, columns, lines, products, shares, sight, tiles, tuples, vectors, work)
 
     @bare
-    def decode(x: Arrays, results: Results, parts: Parts, tile: Scratch, share: int, counter: Array) -> int:
-        x, results, parts, tile = lent(x), lent(results), lent(parts), lent(tile)
+    def decode(
+        x: Arrays, kept: Blocks, results: Results, parts: Parts, tile: Scratch, share: int, counter: Array
+    ) -> int:
+        x, kept, results, parts, tile = lent(x), lent(kept), lent(results), lent(parts), lent(tile)
         _, heads, groups, lq, lk, _, _ = x.sizes
         each, rows = -(-lk // share), parts.top.shape[1]
         while True:
@@ -88,7 +91,7 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
             tile.sums[:] = 0.0
             if ends.least <= ends.greatest:
                 stop = min(first + share, x.k_length[b])
-                attend(SHAPE, x, tile, at, ends, parts.top[task], parts.o[task], first, stop)
+                attend(SHAPE, x, kept, tile, at, ends, parts.top[task], parts.o[task], first, stop)
             for r in range(rows):
                 total = np.float32(0.0)
                 for n in range(LANES):
@@ -103,33 +106,43 @@ def kernel(lane: int, storage: int) -> Callable[..., int]:
 
 @inner
 def attend(
-    shape: int, x: Arrays, tile: Scratch, at: Rows, ends: Ends, top: Array, o: Array, first: int, stop: int
+    shape: int,
+    x: Arrays,
+    kept: Blocks,
+    tile: Scratch,
+    at: Rows,
+    ends: Ends,
+    top: Array,
+    o: Array,
+    first: int,
+    stop: int,
 ) -> None:
     """Take the keys from `first`, where a tile begins, to `stop` into a share's part."""
-    k_size, v_size = x.sizes[5] * x.k.itemsize, x.sizes[6] * x.v.itemsize
-    start = (at.b * x.sizes[2] + at.g) * x.sizes[4]
-    k, v = x.k.ctypes.data + start * k_size, x.v.ctypes.data + start * v_size
-    # Several passes over the same keys take them in small steps, so that they are read from memory once.
-    step = KEYS if at.rows <= 2 else shape >> 16 & 255
-    k_near = k_size * (_ROWS_AHEAD if at.rows <= 2 else -(-_BYTES_AHEAD // k_size))
-    v_near = v_size * (_ROWS_AHEAD if at.rows <= 2 else -(-_BYTES_AHEAD // v_size))
+    step, size = step_of(shape, at), x.sizes[5] * x.k.itemsize
     k_ends, k_parts = x.k_ends[at.b % x.k_ends.shape[0]], x.k_parts[at.b % x.k_parts.shape[0]]
-    q, q_line, o_line = tile.q.ctypes.data, 4 * tile.q.shape[1], 4 * o.shape[1]
-    s, size, used = tile.s.ctypes.data, 4 * KEYS * at.rows, 0
+    q, q_line, near = tile.q.ctypes.data, 4 * tile.q.shape[1], ahead(shape, at, size)
+    k, unit = x.k.ctypes.data, 8 if shape >> 27 & 1 else size
+    s, used = tile.s.ctypes.data, 0
     bent, biased = x.cap[0] > 0, x.sloping or x.table.shape[1] + x.bias_strides.shape[0] > 0
     c = np.float32(x.cap[0] if bent else x.unit)
     for j in range(first, stop, KEYS):
-        n, count, here = j // KEYS, min(KEYS, stop - j), s + used * size
+        n, count, here = j // KEYS, min(KEYS, stop - j), s + used * 4 * KEYS * at.rows
         kinds = between(x.span, ends, k_ends[n, 0], k_ends[n, 1], k_parts[n, 0], k_parts[n, 1])
         if kinds != NOTHING and x.mask_strides.shape[0] > 0:
             kinds = masked(shape, x, tile.bias[0], at, j, count, kinds)
         if kinds != NOTHING:
+            at_k = located(shape, kept, tile.where, at.b, at.g, x.sizes[2], k, size, j, stop, near)
             for m in range(0, count, step):
-                many, at_k = min(step, count - m), k + (j + m) * k_size
-                dots(shape, here + 4 * m, q, q_line, at.rows, at_k, k_near, many, x.sizes[5], c)
+                many = min(step, count - m)
+                dots(shape, here + 4 * m, q, q_line, at.rows, at_k + m * unit, near * unit, many, x.sizes[5], c)
+            # A call that hands over all arrays takes as long as some keys: none for what the plan has not.
+            if kept.k_scale.shape[0] > 0:
+                own = tile.v_scale[used]
+                scales(tile.k_scale, kept.k_scale, kept.k_steps, kept, at.b, at.g, j, count)
+                scales(own, kept.v_scale, kept.v_steps, kept, at.b, at.g, j, count)
+                scaled(shape, here, at.rows, tile.k_scale.ctypes.data, own.ctypes.data)
             if bent:
                 bend(shape, here, at.rows, np.float32(1.0), np.float32(x.cap[1]))
-            # A call that hands over all arrays takes as long as some keys: none for what the plan has not.
             if biased:
                 bias(shape, x, tile, here, at, j, count)
             if kinds:
@@ -139,12 +152,41 @@ def attend(
             tile.first[used] = j
             used += 1
         if used == TILES or (j + KEYS >= stop and used > 0):
-            weights(shape, s, size, used, top.ctypes.data, tile.sums.ctypes.data, tile.factor.ctypes.data, at.rows)
-            for t in range(used):
-                begun, here = tile.first[t], s + t * size
-                count = min(KEYS, stop - begun)
-                for m in range(0, count, step):
-                    by = tile.factor.ctypes.data if t + m == 0 else tile.ones.ctypes.data
-                    many, at_v, w = min(step, count - m), v + (begun + m) * v_size, here + 4 * m
-                    blend(shape, o.ctypes.data, o_line, by, w, at.rows, at_v, v_near, many, x.sizes[6])
+            weigh(shape, x, kept, tile, at, top, o, used, stop)
             used = 0
+
+
+@inner
+def weigh(
+    shape: int, x: Arrays, kept: Blocks, tile: Scratch, at: Rows, top: Array, o: Array, used: int, stop: int
+) -> None:
+    """Make weights of the logits of so many tiles, and take the values of their keys, none from `stop` on, into o."""
+    step, row, v = step_of(shape, at), x.sizes[6] * x.v.itemsize, x.v.ctypes.data
+    s, size, line, near = tile.s.ctypes.data, 4 * KEYS * at.rows, 4 * o.shape[1], ahead(shape, at, row)
+    unit = 8 if shape >> 27 & 1 else row
+    weights(shape, s, size, used, top.ctypes.data, tile.sums.ctypes.data, tile.factor.ctypes.data, at.rows)
+    for t in range(used):
+        j, here = tile.first[t], s + t * size
+        count = min(KEYS, stop - j)
+        if kept.v_scale.shape[0] > 0:
+            valued(shape, here, at.rows, tile.v_scale[t].ctypes.data)
+        at_v = located(shape, kept, tile.where, at.b, at.g, x.sizes[2], v, row, j, stop, near)
+        for m in range(0, count, step):
+            by = tile.factor.ctypes.data if t + m == 0 else tile.ones.ctypes.data
+            many, w = min(step, count - m), here + 4 * m
+            blend(shape, o.ctypes.data, line, by, w, at.rows, at_v + m * unit, near * unit, many, x.sizes[6])
+
+
+@inner
+def step_of(shape: int, at: Rows) -> int:
+    """Several passes over the same keys take so many at a time, so that they are read from memory once."""
+    return KEYS if at.rows <= 2 else shape >> 16 & 255
+
+
+@inner
+def ahead(shape: int, at: Rows, size: int) -> int:
+    """Rows of `size` bytes between the one that is met and the one that is brought near."""
+    rows = -(-_BYTES_AHEAD // size)
+    if shape >> 27 & 1:
+        return min(KEYS, rows)
+    return _ROWS_AHEAD if at.rows <= 2 else rows

@@ -3,7 +3,8 @@ r"""Products of the decode kernel: a few rows of queries, lanes along the depth.
     dots   s[r,n] = c Σ_d q[r,d] k[n,d]                then sums of lanes, so that s has its lanes along n
     blend  o[r] = exp2(m − m') o[r] + Σ_n w[r,n] v[n]
 
-k and v are read where they lie, in order, and what stands `ahead` bytes on is brought near meanwhile. A tile's row
+k and v are read where they lie, in order, and what stands `ahead` bytes on is brought near meanwhile. If the shape is
+`tabled`, k and v are tables of the addresses of rows, and it is the row whose address stands there. A tile's row
 (`Lanes.row`) is one query's numbers for all keys of the tile; q and o are stored by `lines`.
 """
 # ruff: noqa: PLR0917  Numba calls intrinsics by position
@@ -90,13 +91,23 @@ def dots(
 ) -> None:
     """s[r,n] = c q[r]·k[n] for r < rows and n < count, and more up to a whole vector; NaN for what is not finite.
 
-    q's rows are `stride` bytes apart, keys follow each other.
+    q's rows are `stride` bytes apart; keys follow each other, if there is no table.
     """
 
     def some(r: Any, size: int, near: Any) -> None:
         _dots(x, size, x.at(s, (r, x.row)), x.at(q, (r, stride)), stride, k, near, count, depth, c)
 
     in_rows(x, rows, ahead, 4, some)
+
+
+def _row(x: Lanes, base: Any, n: Any, size: Any, ahead: Any, start: Any = 0) -> Callable[[Any], tuple[Any, Any]]:
+    """What gives, for a number of bytes on from byte `start` of row n, the address and the one to be brought near."""
+    if x.tabled:
+        place = x.at(base, (n, 8))
+        own, other = (x.at(x.load(x.at(place, further), I64), start) for further in (0, ahead))
+        return lambda more: (x.at(own, more), x.at(other, more))
+    first = kept(x, x.at(base, (n, size), start))
+    return lambda more: (x.at(first, more), x.at(first, more, ahead))
 
 
 def _dots(
@@ -115,7 +126,7 @@ def _dots(
         with x.each(x.width // each) as group:
             first = x.at(I64(0), (block, x.width), (group, each))
             numbers = [x.b.add(first, I64(n)) for n in range(each)]
-            own_k = [kept(x, x.at(k, (x.b.select(x.b.icmp_signed("<", n, last), n, last), size))) for n in numbers]
+            own_k = [_row(x, k, x.b.select(x.b.icmp_signed("<", n, last), n, last), size, ahead) for n in numbers]
             sums = x.variables([x.spread(0.0)] * (rows * each * chains))
 
             def step(line: Any, live: Any = None, chain: int = 0) -> None:
@@ -124,8 +135,8 @@ def _dots(
                     for a in own_q
                 ]
                 for n in range(each):
-                    address = x.at(own_k[n], (line, read.bytes))
-                    x.ahead(x.b.add(address, ahead), locality=2)
+                    address, near = own_k[n]((line, read.bytes))
+                    x.ahead(near, locality=2)
                     parts = read.line(address, live)
                     for r, p in product(range(rows), range(read.parts)):
                         place = sums[(chain + p) % chains * rows * each + r * each + n]
@@ -178,11 +189,12 @@ def _blend(x: Lanes, o: list[Any], by: list[Any], w: Any, v: Any, ahead: Any, co
         places = [[x.at(a, (line, 4 * read.numbers), n) for n in vectors] for a in o]
         sums = [x.variables([x.b.fmul(x.load(a), f) for a in row]) for row, f in zip(places, by, strict=True)]
         with x.each(count) as n:
-            address = kept(x, x.at(v, (n, size), (line, read.bytes)))
+            address = _row(x, v, n, size, ahead, (line, read.bytes))
             shares = [x.spread(x.load(x.at(w, x.row * r, (n, 4)), F32)) for r in range(len(o))]
             for d in range(lines):
-                x.ahead(x.at(address, ahead, d * read.bytes), locality=2)
-                for p, part in enumerate(read.line(x.at(address, d * read.bytes), live)):
+                here, near = address(d * read.bytes)
+                x.ahead(near, locality=2)
+                for p, part in enumerate(read.line(here, live)):
                     for share, row in zip(shares, sums, strict=True):
                         place = row[d * read.parts + p]
                         x.b.store(x.fma(part, share, x.b.load(place)), place)

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from refattn.engines.cpu import decode
+from refattn.engines.cpu.blocks import blocks, stored
 from refattn.engines.cpu.forward import kernel, shape_for
 from refattn.engines.cpu.operands import differences, span, stacked, summed
 from refattn.engines.cpu.pool import together
@@ -18,7 +19,7 @@ from refattn.engines.cpu.storage import bits, storage_of
 from refattn.engines.cpu.tiles import BOTTOM
 from refattn.engines.cpu.vectors import FLOAT32
 from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, Results, scratch, tiles_of
-from refattn.plan import Dense, Score, Slope, Table
+from refattn.plan import Dense, Score, Slope, Table, keys
 
 Found = TypeVar("Found")
 
@@ -45,7 +46,8 @@ def _once(find: Callable[[Score], Found]) -> Callable[[Score], Found]:
 @_once
 def takes(plan: Score) -> bool:
     """Whether the kernel computes all that the plan asks for."""
-    if plan.keep is not None or plan.relative or plan.v_table or not (plan.q.size and plan.k.size and plan.v.size):
+    numbers = plan.q.size and plan.k.size and plan.v.size and keys(plan)
+    if plan.keep is not None or plan.relative or plan.v_table or not numbers:
         return False
     integers = [*plan.positions, *(plan.segments or ())]
     if any(a.size and max(-int(a.min()), int(a.max())) > _FARTHEST for a in integers):
@@ -53,8 +55,8 @@ def takes(plan: Score) -> bool:
     if any(isinstance(b, Slope) for b in plan.bias) and max(int(np.abs(a).max()) for a in plan.positions) > 1 << 23:
         return False
     low, high = span(plan)
-    numbers = [plan.scale or 1.0, *([] if plan.softcap is None else [plan.softcap, (plan.scale or 1.0) / plan.softcap])]
-    if low > high or not all(1 / _LARGEST < abs(number) < _LARGEST for number in numbers):
+    factors = [plan.scale or 1.0, *([] if plan.softcap is None else [plan.softcap, (plan.scale or 1.0) / plan.softcap])]
+    if low > high or not all(1 / _LARGEST < abs(number) < _LARGEST for number in factors):
         return False
     return plan.sink is None or bool((np.abs(plan.sink[~np.isneginf(plan.sink)]) < _LARGEST).all())
 
@@ -68,14 +70,14 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
     """Out (B,Hq,Lq,Dv), lse and which rows are to be made again (B,Hq,Lq).
 
     q, k, v are the plan's, C order, q in float32, k and v stored alike in a way that `storage_of` knows; without
-    infinities in q and k, unless `few` says so. What is not finite in v reaches all rows of a tile, masked or not:
-    they are to be made again.
+    infinities in q and k, without pages and scales. Where `few` says so they may have all that, in a way that `stored`
+    knows. What is not finite in v reaches all rows of a tile, masked or not: they are to be made again.
     """
     x = arrays(plan, q, k, v)
     batch, heads, groups, lq, lk, depth, width = x.sizes
-    storage = storage_of(k) or FLOAT32
     if few(plan, heads // groups * lq, lk):
-        return decode.run(x, storage)
+        return decode.run(x, blocks(plan), stored(k) or FLOAT32, plan.pages is not None)
+    storage = storage_of(k) or FLOAT32
     out, lse = np.empty((batch, heads, lq, width), np.float32), np.empty(q.shape[:3], np.float32)
     redo, counter = np.empty(q.shape[:3], np.bool_), np.zeros(1, np.int64)
     results = Results(out.reshape(-1), lse.reshape(-1), redo.reshape(-1))
@@ -97,7 +99,8 @@ def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:
 def _still(plan: Score) -> Arrays:
     """What does not depend on the numbers of q, k and v."""
     batch, heads, lq, depth = plan.q.shape
-    groups, lk, width = plan.v.shape[1:]
+    groups, _, width = plan.v.shape[1:]
+    lk = keys(plan)
     low, high = (min(max(end, -4 * _FARTHEST), 4 * _FARTHEST - 1) for end in span(plan))
     q_at, k_at = _each(plan.positions[0], lq), _each(plan.positions[1], lk)
     ends = _ends(k_at)

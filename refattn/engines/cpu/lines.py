@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from refattn.engines.cpu.vectors import BFLOAT16, F16, F32, FLOAT16, FLOAT32, I8, I16, I32, I64, Lanes
 
-PARTS = (1, 2, 1, 4)  # of a line, by storage; the last is of integers of 8 bits
+PARTS = (1, 2, 1, 4)  # of a line, by storage
 BYTES = (4, 2, 2, 1)  # of a stored number
 _STORED = (F32, I16, I16, I8)
 

@@ -37,7 +37,8 @@ class Scratch(NamedTuple):
     """A thread's scratch for R rows and several tiles of keys.
 
     q (R, D in whole lines), s (TILES, R, KEYS), a bias (R, KEYS), sums (R, lanes); factor, ones, slope (R,); place,
-    segment (R,) int32; at (KEYS,) int32 positions or segments of keys; first (TILES,) int32 where tiles begin.
+    segment (R,) int32; at (KEYS,) int32 positions or segments of keys; first (TILES,) int32 where tiles begin;
+    where (2 KEYS,) int64 addresses of rows of k or v; k_scale (KEYS,), v_scale (TILES, KEYS).
     """
 
     q: Array
@@ -51,13 +52,16 @@ class Scratch(NamedTuple):
     segment: Array
     at: Array
     first: Array
+    where: Array
+    k_scale: Array
+    v_scale: Array
 
 
 @own
 def scratch(count: int, depth: int) -> Scratch:
     """Scratch for so many rows, each part from a whole line of the cache on."""
     tiles = [(TILES, count, KEYS), (count, KEYS), (count, lanes())]
-    shapes = [(count, depth), *tiles, *[(count,)] * 5, (KEYS,), (TILES,)]
+    shapes = [(count, depth), *tiles, *[(count,)] * 5, (KEYS,), (TILES,), (4 * KEYS,), (KEYS,), (TILES, KEYS)]
     sizes = [math.prod(shape) for shape in shapes]
     starts = [0, *accumulate(-(-size // 16) * 16 for size in sizes)]
     memory = np.empty(starts[-1] + 16, np.float32)
@@ -67,7 +71,8 @@ def scratch(count: int, depth: int) -> Scratch:
         for start, size, shape in zip(starts, sizes, shapes, strict=False)
     ]
     found[5][:] = 1.0
-    return Scratch(*found[:7], *(a.view(np.int32) for a in found[7:]))
+    kinds = [np.float32] * 7 + [np.int32] * 4 + [np.int64] + [np.float32] * 2
+    return Scratch(*(a.view(kind) for a, kind in zip(found, kinds, strict=True)))
 
 
 def in_lines(size: int, storage: int) -> int:

@@ -34,7 +34,7 @@ def storage_of(array: Array) -> int | None:
 
 def bits(array: Array) -> Array:
     """The array flat, 16-bit numbers as uint16."""
-    return (array if array.dtype == np.float32 else array.view(np.uint16)).reshape(-1)
+    return (array.view(np.uint16) if array.itemsize == 2 else array).reshape(-1)
 
 
 def finite(array: Array) -> bool:

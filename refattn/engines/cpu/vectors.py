@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 F16, F32 = ir.HalfType(), ir.FloatType()
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # storages
+FLOAT32, BFLOAT16, FLOAT16, INT8 = 0, 1, 2, 3  # storages; of the last `lines` alone knows
 
 # 2^f = 1 + f p(f) for |f| ≤ ½, coefficients from the least power: the minimax fit of relative error rounded to float32.
 _EXP2 = "0x1.62e42ap-1 0x1.ebf9bcp-3 0x1.c6b752p-5 0x1.3cea88p-7 0x1.5bba14p-10"
@@ -34,14 +34,15 @@ class Lanes:
     """Emits operations on `vectors` vectors of `width` float32; a tile's row is all of them, one lane for each query.
 
     Memory is addressed by integers, in bytes; an address need not be aligned. The shape is a number, for Numba takes no
-    other literals: block + 2⁸ vectors + 2¹⁶ width + 2²⁴ storage + 2²⁸ stride, where `storage` is how k and v lie in
-    memory, and a row begins `stride` vectors after the one before, or `vectors` if it is 0.
+    other literals: block + 2⁸ vectors + 2¹⁶ width + 2²⁴ storage + 2²⁷ tabled + 2²⁸ stride, where `storage` is how k and
+    v lie in memory, `tabled` whether a table holds the addresses of their rows, and a tile's row begins `stride`
+    vectors after the one before, or `vectors` if it is 0.
     """
 
     def __init__(self, builder: Any, shape: int) -> None:
         self.b = builder
         self.width, self.vectors, self.block = shape >> 16 & 255, shape >> 8 & 255, shape & 255
-        self.storage = shape >> 24 & 15
+        self.storage, self.tabled = shape >> 24 & 7, shape >> 27 & 1
         self.row = 4 * self.width * (shape >> 28 or self.vectors)
         self.floats, self.integers = ir.VectorType(F32, self.width), ir.VectorType(I32, self.width)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from refattn.engines.cpu import _jit, adjoint, backward, decode, fast, forward, score, skipping, storage
 from refattn.engines.cpu.operands import prepare
+from refattn.engines.cpu.vectors import INT8
 from refattn.plan import Bias, Dense, Score, Slope
 
 _SIZE = 8  # numbers in a vector, and heads that share a key head
@@ -56,7 +58,8 @@ def kernels() -> Iterator[Kernel]:
         shape = forward.shape_for(1, _LONG, code)
         norms = (skipping._measure(shape.width << 16 | 1 << 8 | 1 | code << 24),)
         yield Kernel(f"norms of keys, {kind}", norms, partial(_run, kind, long, long, falling))
-        yield Kernel(f"decode, {kind}", (decode.kernel(lane, code),), partial(_run, kind, 1, _LONG))
+        yield from _decode(kind, code)
+    yield from _decode(np.dtype(np.int8), INT8)
     for lq in (_LONG, 2):
         shape = forward.shape_for(1, lq)
         both: tuple[Any, ...] = (backward.kernel(shape), backward.by_pair(shape))
@@ -65,6 +68,12 @@ def kernels() -> Iterator[Kernel]:
     for kind, (name, call) in product((np.float32, np.float64), _BY_ROW.items()):
         function = getattr(score, name)
         yield Kernel(f"{name} row by row, {kind.__name__}", (function,), partial(call, function, kind))
+
+
+def _decode(kind: np.dtype[Any], code: int) -> Iterator[Kernel]:
+    for tabled in (False, True):
+        name = f"decode, {kind}{' in pages' if tabled else ''}"
+        yield Kernel(name, (decode.kernel(_jit.lanes(), code, tabled),), partial(_read, kind, tabled))
 
 
 def folder() -> Path | None:
@@ -85,6 +94,15 @@ def _plan(kind: Any, lq: int, lk: int, bias: tuple[Bias, ...] = (), normalizer: 
 
 def _run(kind: Any, lq: int, lk: int, bias: tuple[Bias, ...] = (), normalizer: Any = "softmax") -> None:
     plan = _plan(kind, lq, lk, bias, normalizer)
+    fast.run(plan, plan.q.astype(np.float32), plan.k, plan.v)
+
+
+def _read(kind: np.dtype[Any], tabled: bool) -> None:
+    plan, one = _plan(kind, 1, _LONG), np.ones((1, 1, 1), np.float32)
+    if kind == np.int8:
+        plan = replace(plan, k_scale=one, v_scale=one)
+    if tabled:
+        plan = replace(plan, pages=np.zeros((1, 1), np.int64), lengths=(np.ones(1, np.int64), np.ones(1, np.int64)))
     fast.run(plan, plan.q.astype(np.float32), plan.k, plan.v)
 
 
