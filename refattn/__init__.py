@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from refattn import draws, errors
-from refattn.api import attention, evaluate, explain, vjp
+from refattn.api import attention, evaluate, vjp
+from refattn.explanation import explain
 from refattn.registry import class_named, spec, variants
 from refattn.state import State
 from refattn.streaming import init_state, load_state, step

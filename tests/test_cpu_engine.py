@@ -384,19 +384,14 @@ print(os.waitpid(child, 0)[1], gradients() == expected)
 
 
 def test_the_reference_does_not_import_numba():
-    script = """
-ra.evaluate(spec, x)
-assert "refattn.engines.reference" in sys.modules
-print("numba" in sys.modules)
-"""
+    script = 'ra.evaluate(spec, x)\nassert "refattn.engines.reference" in sys.modules\nprint("numba" in sys.modules)\n'
     assert process(script) == "False\n"
 
 
 def test_gradients_of_a_variant_with_a_state_are_refused_for_its_plan_does_not_detach(rng):
     spec = ra.Compressive(segment=2, memory=2, compressed=2, rate=2)
     sizes = {"B": 1, "L": 7, "E": 3, "Hq": 2, "Hkv": 1, "D": 2, "Dv": 2, "R": 4}
-    signature = registry.info("compressive").module.signature(spec)
-    x = {name: rng.normal(size=array.shape(sizes)) for name, array in signature.items()}
+    x = {n: rng.normal(size=a.shape(sizes)) for n, a in registry.info("compressive").module.signature(spec).items()}
     assert ra.evaluate(spec, x, engine="cpu")["out"].shape == (1, 2, 7, 2)
     with pytest.raises(Unsupported, match="no gradients of this compressive: what its plan holds"):
         ra.vjp(spec, x, {"out": np.ones((1, 2, 7, 2))}, engine="cpu")
