@@ -284,7 +284,8 @@ def _rounded(outputs: Outputs, problem: Problem, state_dtype: Any = None) -> Out
             # The caches of a float64 stream are not touched, so not copied.
             if dtype == array.dtype:
                 return array
-        if array.dtype == np.float32 == dtype:
+        # Engines that compute in fewer bits than float64 round by themselves.
+        if array.dtype == dtype != np.float64:
             return array
         if name in problem.integer_outputs:
             return array.astype(np.int64)
