@@ -16,7 +16,7 @@ from refattn.engines import certified
 from refattn.engines.certified import balls as balls_module
 from refattn.engines.certified import certify
 from refattn.engines.certified.balls import BALLS, Balls
-from refattn.engines.certified.rounding import ENCLOSED, EXACT, PROPAGATED, ROUNDED, better, round_balls
+from refattn.engines.certified.rounding import ENCLOSED, EXACT, PROPAGATED, ROUNDED, better, round_enclosed
 from refattn.errors import DTypeError, RefattnError, Undecided
 from refattn.numeric import clean, exp, log
 
@@ -62,7 +62,7 @@ def tricky(rng):
 @pytest.mark.parametrize("to_nearest", [False, True])
 def test_every_decision_is_right_and_none_that_integers_settle_is_missed(rng, to_nearest):
     given = list(tricky(rng))
-    found = round_balls(boxed(given), to_nearest)
+    found = round_enclosed(boxed(given), to_nearest)
     missed = 0
     for one, value, near, status, width in zip(given, *found, strict=True):
         low, high = ends(one)
@@ -83,7 +83,7 @@ def test_every_decision_is_right_and_none_that_integers_settle_is_missed(rng, to
 def test_signs_of_zero_infinities_and_nan():
     below = ball(Fraction(0), TINY / 64)
     one = boxed([arb(0), -arb(0), arb("-inf"), arb("inf"), arb("nan"), below, arb(0, float("inf"))])
-    found = round_balls(one, True)
+    found = round_enclosed(one, True)
     np.testing.assert_array_equal(found.odd, [0, 0, -np.inf, np.inf, np.nan, 0, 0])
     assert not np.signbit(found.odd[:2]).any()
     assert found.status.tolist() == [EXACT, EXACT, EXACT, EXACT, PROPAGATED, ENCLOSED, ENCLOSED]
@@ -100,7 +100,7 @@ def test_one_more_rounding_to_any_format_is_the_only_one(rng):
             values += [tie, tie * (1 + near), tie * (1 - near), k * unit]
         values += [Fraction(fmt.max_finite) * (1 + near), Fraction(2) ** (fmt.quantum - 1)]
     values += [-x for x in values]
-    found = round_balls(boxed([ball(x) for x in values]), False)
+    found = round_enclosed(boxed([ball(x) for x in values]), False)
     assert (found.status != ENCLOSED).all()
     for name, fmt in FORMATS.items():
         if name != "float64":
@@ -109,8 +109,8 @@ def test_one_more_rounding_to_any_format_is_the_only_one(rng):
 
 
 def test_a_decided_element_stays():
-    first = round_balls(boxed([ball(1 + STEP / 8, STEP / 2**20), arb(0.1, 0.01)]), False)
-    second = round_balls(boxed([arb(7), arb(0.1)]), False)
+    first = round_enclosed(boxed([ball(1 + STEP / 8, STEP / 2**20), arb(0.1, 0.01)]), False)
+    second = round_enclosed(boxed([arb(7), arb(0.1)]), False)
     both = better(first, second)
     assert both.status.tolist() == [ROUNDED, EXACT]
     assert both.odd.tolist() == [1 + float(STEP), 0.1]
@@ -120,10 +120,10 @@ def test_a_decided_element_stays():
 def test_what_precision_cannot_tell_is_never_called_a_number_or_a_nan():
     near_zero = boxed([arb(0, 1)])
     for result in (BALLS.div(boxed([arb(1)]), near_zero), log(near_zero)):
-        assert round_balls(result, False).status.tolist() == [ENCLOSED]
+        assert round_enclosed(result, False).status.tolist() == [ENCLOSED]
         with pytest.raises(Undecided):
             clean(result)
-    assert round_balls(BALLS.div(boxed([arb("nan")]), boxed([arb(1)])), False).status.tolist() == [PROPAGATED]
+    assert round_enclosed(BALLS.div(boxed([arb("nan")]), boxed([arb(1)])), False).status.tolist() == [PROPAGATED]
     assert BALLS.minus_infinite(boxed([arb("-inf"), arb(-(10.0**300)), arb(-1)])).tolist() == [True, False, False]
 
 
@@ -144,7 +144,7 @@ def test_certified_values_are_those_of_far_more_bits(rng, name):
     with flint.ctx.workprec(700):
         exact = problem.differentiate(BALLS.real, weights, wrt)
     for output, certificate in found.items():
-        again = round_balls(exact[output], True)
+        again = round_enclosed(exact[output], True)
         decided = certificate.status != ENCLOSED
         np.testing.assert_array_equal(certificate.value[decided], again.odd[decided])
         np.testing.assert_array_equal(certificate.rne[decided], again.nearest[decided])
@@ -191,8 +191,8 @@ def test_a_wrong_rounding_is_refused(monkeypatch):
     """Values that went through float32 on their way: the double rounding that library casts do."""
 
     def twice(balls, to_nearest):
-        found = round_balls(balls, to_nearest)
+        found = round_enclosed(balls, to_nearest)
         return found._replace(odd=found.odd.astype(np.float32).astype(np.float64))
 
-    monkeypatch.setattr(certified, "round_balls", twice)
+    monkeypatch.setattr(certified, "round_enclosed", twice)
     refused()

@@ -24,7 +24,7 @@ from refattn.engines.certified.rounding import (
     STATUS,
     Rounded,
     better,
-    round_balls,
+    round_enclosed,
 )
 from refattn.errors import RefattnError, Undecided
 from refattn.problem import Problem
@@ -74,7 +74,7 @@ def certify(
         except Undecided:
             continue
         for name, balls in found.items():
-            decided[name] = better(decided.get(name), round_balls(balls, problem.dtype == np.float64))
+            decided[name] = better(decided.get(name), round_enclosed(balls, problem.dtype == np.float64))
         if not any((part.status == ENCLOSED).any() for part in decided.values()):
             break
     if not decided:

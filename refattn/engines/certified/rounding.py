@@ -1,4 +1,4 @@
-"""Rounding balls to float64: to odd, so that one more rounding to any shorter format is correct, and to nearest.
+"""Rounding enclosures to float64: to odd, so that one more rounding to any shorter format is correct, and to nearest.
 
 A double rounded to odd is the value itself if it is a double, else the neighbouring double with an odd significand.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn.dtypes import nearest, odd
-from refattn.engines.certified.balls import Balls
+from refattn.engines.certified.enclosure import Enclosing
 
 Floats = NDArray[np.float64]
 
@@ -32,9 +32,9 @@ class Rounded(NamedTuple):
     width: Floats
 
 
-def round_balls(balls: Balls, to_nearest: bool) -> Rounded:
-    """Decide every element that the balls settle; `to_nearest` asks that both roundings be settled."""
-    t, d, r = balls.enclosure()
+def round_enclosed(found: Enclosing, to_nearest: bool) -> Rounded:
+    """Decide every element that the intervals settle; `to_nearest` asks that both roundings be settled."""
+    t, d, r = found.enclosure()
     exact = (d == 0) & (r == 0)
     size = np.abs(np.where(np.isfinite(t), t, 1.0))
     is_odd = (np.ascontiguousarray(t).view(np.int64) & 1).astype(bool)
@@ -52,7 +52,7 @@ def round_balls(balls: Balls, to_nearest: bool) -> Rounded:
     settled = t + 0.0
     slow = (status == ENCLOSED) & ((size < _SMALL) | np.isinf(t) | (r < step)) & np.isfinite(r)
     if slow.any():
-        ends = balls.endpoints(slow)
+        ends = found.endpoints(slow)
         lower, upper = (np.array([(odd(*e[i]), _nearest(*e[i])) for e in ends]) for i in (0, 1))
         agree = lower == upper
         same = agree.all(1) if to_nearest else agree[:, 0]
