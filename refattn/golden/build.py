@@ -20,10 +20,9 @@ from refattn.files import safetensors_bytes
 from refattn.golden import inputs as recipes
 from refattn.golden.store import METADATA, json_bytes
 from refattn.problem import Problem
-from refattn.profiles import PROFILES
+from refattn.profiles import PROFILE_OF, PROFILES
 
 SCHEMA = "refattn.golden/1"
-PROFILE_OF = {"float64": "float64", "float32": "float32", "bfloat16": "flash-bf16", "float16": "flash-f16"}
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _manifest(
         "inputs": given,
         "cotangents": duals,
         "outputs": outputs,
-        "conventions": {"empty_row": "zero", "lse_base": "e", "overflow": "nonsaturate", "rounding": "odd"},
+        "conventions": {"empty_row": "zero", "lse_base": "e", "overflow": case.overflow, "rounding": "odd"},
     }
     if case.history:
         manifest["history"] = case.history

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from refattn import registry
 from refattn.case import Case, Edit, Recipe, Rows
+from refattn.dtypes import Overflow
 from refattn.errors import GoldenFormatError, RefattnError, SpecError
 from refattn.golden import inputs as recipes
 from refattn.golden.build import SCHEMA
@@ -57,6 +58,7 @@ class Golden:
     profile: str
     rows: Rows | None
     history: int
+    overflow: Overflow
     expected: Mapping[str, NDArray[np.float64]]
     bound: Mapping[str, NDArray[np.float64]]
     status: Mapping[str, str]
@@ -80,6 +82,7 @@ class Golden:
             rows=self.rows,
             history=self.history,
             seed=self.manifest["seed"],
+            overflow=self.overflow,
         )
 
     def inputs(self) -> dict[str, NDArray[Any]]:
@@ -199,6 +202,7 @@ def read_case(path: Path, entry: Mapping[str, str] | None = None) -> Golden:
         profile=manifest["profile"],
         rows=None if rows is None else Rows(q=tuple(rows["q"]), k=tuple(rows["k"])),
         history=manifest.get("history", 0),
+        overflow=manifest["conventions"]["overflow"],
         expected={n: tensors[n] for n in manifest["outputs"]},
         bound={n: tensors[f"{n}.bound"].astype(np.float64) for n in manifest["outputs"]},
         status={n: output["status"] for n, output in manifest["outputs"].items()},

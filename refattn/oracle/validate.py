@@ -51,7 +51,7 @@ def validate(
     arrays : "numpy", "torch" or "jax"
         What fn is given; default: what the adapter needs, else NumPy. With torch and JAX gradients come from their
         own differentiation unless fn returns them.
-    profile : "float32", "flash-bf16", "flash-f16" or "float64"
+    profile : a name in `refattn.profiles.PROFILES`, such as "float32" or "flash-bf16"
         The precision whose hard bound applies; default: that of each case's dtype.
     folder : Path
         A suite's folder; default: the committed one.

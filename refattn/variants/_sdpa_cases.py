@@ -9,6 +9,7 @@ from typing import Any
 
 from refattn.case import Case, Recipe, Rows
 from refattn.variants import (
+    _sdpa_cases_float8,
     _sdpa_cases_kept,
     _sdpa_cases_long,
     _sdpa_cases_masks,
@@ -27,6 +28,7 @@ _BESIDE: tuple[Any, ...] = (
     _sdpa_cases_sigmoid,
     _sdpa_cases_kept,
     _sdpa_cases_numerics,
+    _sdpa_cases_float8,
     _sdpa_cases_long,
 )
 
