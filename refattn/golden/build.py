@@ -18,6 +18,7 @@ from refattn.engines import certified, reference
 from refattn.errors import SpecError, Undecided
 from refattn.files import safetensors_bytes
 from refattn.golden import inputs as recipes
+from refattn.golden.condition import condition
 from refattn.golden.store import METADATA, json_bytes
 from refattn.problem import Problem
 from refattn.profiles import PROFILE_OF, PROFILES
@@ -74,7 +75,11 @@ def build(case: Case) -> Built:
         tally["distance"] = max(tally["distance"], _distance(certificate, rows_of(case, name, plain[name])))
         for code, label in enumerate(certified.STATUS):
             counts[label] += int((certificate.status == code).sum())
-    manifest = json_bytes(_manifest(case, problem, arrays=arrays, weights=weights, tensors=tensors, status=status))
+    kappa = condition(problem, weights, {name: certificate.value for name, certificate in found.items()})
+    manifest = json_bytes(
+        _manifest(case, problem, arrays=arrays, weights=weights, tensors=tensors, status=status)
+        | ({} if kappa is None else {"condition": kappa})
+    )
     packed = safetensors_bytes(tensors, METADATA)
     seconds = time.perf_counter() - start
     size = len(manifest) + len(packed)
