@@ -87,6 +87,7 @@ class Case:
     for gradients; `flags` name what the case exercises, `catches` the mistake it is there to catch. `history`: so many
     tokens have gone before, and the arrays state_<name> after them are inputs too. `overflow`: what becomes of a result
     beyond the dtype's largest number: infinity (NaN where there is none), or under "saturate" that number.
+    `suite`: of "large" the repository holds manifests alone, recipes and hashes.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Case:
     history: int = 0
     seed: int = 1
     overflow: Overflow = "nonsaturate"
+    suite: Literal["core", "large"] = "core"
 
     def group(self) -> str:
         """Folder of the case: the name up to its first slash."""

@@ -177,6 +177,8 @@ def _manifest(
         "outputs": outputs,
         "conventions": {"empty_row": "zero", "lse_base": "e", "overflow": case.overflow, "rounding": "odd"},
     }
+    if case.suite != "core":
+        manifest["suite"] = case.suite
     if case.history:
         manifest["history"] = case.history
     if case.rows is not None:
