@@ -20,7 +20,7 @@ from refattn.files import safetensors_bytes
 from refattn.golden import inputs as recipes
 from refattn.golden.condition import condition
 from refattn.golden.store import METADATA, json_bytes
-from refattn.problem import Problem
+from refattn.problem import WIDE, Problem
 from refattn.profiles import PROFILE_OF, PROFILES
 
 SCHEMA = "refattn.golden/1"
@@ -88,7 +88,8 @@ def build(case: Case) -> Built:
 
 def problem_of(case: Case, arrays: Mapping[str, NDArray[Any]]) -> Problem:
     """The checked problem of a case, restricted to its published query rows."""
-    problem = api.build(case.spec, arrays, case.dtype, ("out",), case.history)
+    forward = tuple(name for name in case.want if name in ("scores", "probs"))
+    problem = api.build(case.spec, arrays, case.dtype, ("out", *forward), case.history)
     if case.rows is None:
         return problem
     short = problem.variant.restrict(problem.spec, problem.inputs, case.rows.q)
@@ -117,7 +118,7 @@ def bounds(problem: Problem, weights: Mapping[str, Any], wrt: tuple[str, ...], p
 
 
 def _with_output_rounding(name: str, b: Bounded, problem: Problem) -> NDArray[np.float64]:
-    wide = name == "lse" or name[1:] in recipes.FLOAT32_INPUTS
+    wide = name in WIDE or name[1:] in recipes.FLOAT32_INPUTS
     fmt = format_of("float32" if wide and problem.dtype != np.float64 else problem.dtype)
     rounding = 0.0 if b.settled else 2.0**-fmt.precision * (np.abs(b.x) + 2 * b.e) + 2.0 ** (fmt.emin - fmt.precision)
     total = np.where((b.e == 0) & (b.x == 0), 0.0, b.e + rounding)

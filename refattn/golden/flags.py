@@ -97,6 +97,7 @@ _OPTIONS: Mapping[str, Flag] = {
     "segments": _flag("Sequences packed into one row, told apart by segment ids."),
     "padding": _flag("Sequences shorter than their arrays."),
     "positions": _flag("Positions that are given instead of counted."),
+    "inner": _flag("Final logits and weights are published beside the outputs."),
     "lse_cotangent": _flag("A cotangent of lse beside that of out."),
 }  # fmt: skip
 

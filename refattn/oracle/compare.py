@@ -14,6 +14,7 @@ from refattn.dtypes import format_of, ulp
 from refattn.errors import ShapeError
 from refattn.golden.inputs import FLOAT32_INPUTS
 from refattn.golden.load import Golden
+from refattn.problem import WIDE
 
 Floats = NDArray[np.float64]
 
@@ -57,7 +58,7 @@ def output_dtype(golden: Golden, name: str) -> str:
     """The dtype an output is rounded to: lse and the gradients of scores and slopes stay wide, integers are whole."""
     if golden.manifest["outputs"][name].get("kind") == "int":
         return "float64"
-    wide = name == "lse" or name[1:] in FLOAT32_INPUTS
+    wide = name in WIDE or name[1:] in FLOAT32_INPUTS
     return "float32" if wide and golden.dtype != "float64" else golden.dtype
 
 
