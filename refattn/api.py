@@ -143,10 +143,10 @@ def evaluate(
 ) -> Outputs:
     """Outputs of a variant: `want` names them ("out", "lse", ...); arrays of the kind and dtype of the first input.
 
-    lse is natural, of the final logits, sink included: float64 for float64 input, else float32. The certified engine
-    adds `status`, a code per element. Of softmax attention "scores" (the final logits, −∞ where masked) and "probs" may be
-    asked too, (B,Hq,Lq,Lk) each and wide as lse is. A streaming variant offers "state" too, the `State` after the last token; `step`
-    goes on from it. Raises as `attention`.
+    lse is natural, of the final logits, sink included: float64 for float64 input, else float32. Of softmax attention
+    `want` may name "scores" (the final logits, −∞ where masked) and "probs", both (B,Hq,Lq,Lk) and wide as lse is. The
+    certified engine adds `status`, a code per element. A streaming variant offers "state" too, the `State` after the
+    last token; `step` goes on from it. Raises as `attention`.
     """
     given, names = _stateless(inputs), _names("want", want)
     problem = build(spec, _numpy(given), dtype, names)

@@ -26,7 +26,7 @@ class Variant(Protocol):
     number of tokens L. A module may also offer `validate(spec, x)`, which refuses what only the arrays together tell,
     `cases()` (there, or in _<name>_cases beside it, with FLAGS), `restrict(spec, x, rows)` for the published rows of
     long cases, `inner_outputs(spec)` and `inner_reference(spec, x)` for arrays inside that `want` may name beside the
-    outputs, such as scores, `operations(spec, sizes)` for `explain`, and `no_gradient(spec)`, a sentence where its plan has not the
+    outputs, `operations(spec, sizes)` for `explain`, and `no_gradient(spec)`, a sentence where its plan has not the
     gradients of its text, or None.
     """
 

@@ -12,7 +12,7 @@ INNER = ("out", "lse", "scores", "probs")
 
 @pytest.fixture
 def x(rng):
-    arrays = {n: rng.standard_normal((2, h, l, 8)) for n, h, l in (("q", 4, 5), ("k", 2, 7), ("v", 2, 7))}
+    arrays = {n: rng.standard_normal((2, h, length, 8)) for n, h, length in (("q", 4, 5), ("k", 2, 7), ("v", 2, 7))}
     return arrays | {"sink": rng.standard_normal(4), "bias": rng.standard_normal((1, 4, 5, 7))}
 
 

@@ -1,4 +1,4 @@
-"""The tool that compares bytes between configurations: what it covers, and that it sees a result that depends on one."""
+"""The tool that compares bytes between configurations: what it covers, and that it sees a result that depends."""
 
 import importlib.util
 import json
@@ -76,6 +76,7 @@ def test_a_result_that_depends_on_the_blas_is_seen(sameness, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(PLAIN)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     ends = [{"OPENBLAS_CORETYPE": kernel} for kernel in (kernels[0], kernels[-1])]
-    assert all(reported(end, case)["cases"] == {case[0]: sameness.committed()[case[0]]} for end in ends)
+    committed = {name: sameness.committed()[name] for name in case}
+    assert all(reported(end, case)["cases"] == committed for end in ends)
     one, other = (reported(end | {"PYTHONPATH": path}, case)["cases"] for end in ends)
     assert one != other

@@ -1,8 +1,8 @@
-"""Regenerate golden cases under other BLAS kernels, threads, CPU features and NumPy versions: every byte stays the same.
+"""Regenerate golden cases under other BLAS kernels, threads, CPU features and NumPy versions: the bytes stay the same.
 
 Run as `make sameness`. Each configuration is a fresh process that builds the cases anew and hashes their files; the
-hashes must be those of the committed files. So that agreement says something, each process also hashes attention in plain
-NumPy float64: that changes with the configuration, or the configurations changed nothing.
+hashes must be those of the committed files. So that agreement says something, each process also hashes attention in
+plain NumPy float64: that changes with the configuration, or the configurations changed nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def dispatched() -> list[str]:
 
 
 def cover(choices: list[list[str]]) -> list[tuple[str, ...]]:
-    """Few rows in which every pair of values of every two factors occurs: the row with most new pairs, again and again."""
+    """Few rows in which any two values of any two factors meet: the row with most new pairs, again and again."""
     places = list(combinations(range(len(choices)), 2))
     left = {(i, a, j, b) for i, j in places for a, b in product(choices[i], choices[j])}
     rows: list[tuple[str, ...]] = []
@@ -94,7 +94,7 @@ def report(names: list[str]) -> None:
 
 
 def plain() -> str:
-    """Hash of softmax attention in NumPy float64 on fixed inputs, as the BLAS and the exponential of this process do it."""
+    """Hash of softmax attention in NumPy float64 on fixed inputs, with the BLAS and exponential of this process."""
     rng = np.random.Generator(np.random.PCG64(1))
     q, k, v = (rng.integers(-512, 512, (192, 64)) / 256 for _ in range(3))
     p = np.exp(q @ k.T / 8)
@@ -127,8 +127,12 @@ def main() -> int:
         start = time.perf_counter()
         run = subprocess.run(
             [configuration.python, str(Path(__file__)), "--report"],
-            input=json.dumps(names), env=os.environ | configuration.variables(), capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            input=json.dumps(names),
+            env=os.environ | configuration.variables(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         label = f"{configuration.kernel or 'one BLAS'}, {configuration.threads} threads, {configuration.cpu} CPU"
         if run.returncode:
             print(f"{label}: failed\n{run.stdout}{run.stderr}")
