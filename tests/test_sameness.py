@@ -68,7 +68,7 @@ certified.certify = certify
 
 
 def test_a_result_that_depends_on_the_blas_is_seen(sameness, tmp_path):
-    """Two kernels give the committed bytes, and with plain float64 in the place of what is proved two different ones."""
+    """Two kernels give the committed bytes, and two different ones where plain float64 stands for what is proved."""
     kernels = [kernel for kernel, needs in sameness.KERNELS.items() if sameness.features().get(needs)]
     if len(kernels) < 2:
         pytest.skip("this machine has one BLAS kernel")
