@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -85,10 +85,7 @@ def build(case: Case) -> Built:
 def problem_of(case: Case, arrays: Mapping[str, NDArray[Any]]) -> Problem:
     """The checked problem of a case, restricted to its published query rows."""
     problem = api.build(case.spec, arrays, case.dtype, ("out",), case.history)
-    if case.rows is None:
-        return problem
-    short = problem.variant.restrict(problem.spec, problem.inputs, case.rows.q)
-    return replace(problem, inputs=short, sizes=dict(problem.sizes) | {"Lq": len(case.rows.q)})
+    return problem if case.rows is None else problem.restricted(case.rows.q)
 
 
 def rows_of(case: Case, name: str, array: NDArray[Any]) -> NDArray[Any]:
