@@ -15,7 +15,7 @@ from refattn.bound import Bounded, BoundSpace
 from refattn.case import NORMAL, Case, as_json
 from refattn.dtypes import format_of, round_up_bfloat16
 from refattn.engines import certified, reference
-from refattn.errors import SpecError, Undecided
+from refattn.errors import GoldenError, SpecError, Undecided
 from refattn.files import safetensors_bytes
 from refattn.golden import inputs as recipes
 from refattn.golden.store import METADATA, json_bytes
@@ -48,7 +48,13 @@ class Built:
 
 
 def build(case: Case) -> Built:
-    """Generate, certify and bound one case."""
+    """Generate, certify and bound one case.
+
+    Raises
+    ------
+    GoldenError
+        Some of its values are neither decided nor proved identities: such a case is not published.
+    """
     start = time.perf_counter()
     arrays, weights = recipes.inputs(case), recipes.cotangents(case)
     problem = problem_of(case, arrays)
@@ -70,7 +76,7 @@ def build(case: Case) -> Built:
         tensors[f"{name}.bound"] = round_up_bfloat16(limit)
         if case.dtype == "float64":
             tensors[f"{name}.nearest"] = certificate.rne
-        status[name] = _status(certificate)
+        status[name] = _status(case.name, name, certificate)
         tally["elements"] += certificate.value.size
         tally["distance"] = max(tally["distance"], _distance(certificate, rows_of(case, name, plain[name])))
         for code, label in enumerate(certified.STATUS):
@@ -126,14 +132,17 @@ def _distance(certificate: certified.Certificate, plain: NDArray[np.float64]) ->
     return float((gap / limit).max(initial=0.0))
 
 
-def _status(certificate: certified.Certificate) -> dict[str, Any]:
+def _status(case: str, output: str, certificate: certified.Certificate) -> dict[str, Any]:
     """What is true of an output whatever the precision of the run."""
-    open_ = np.flatnonzero(certificate.status == certified.ENCLOSED)
-    entry: dict[str, Any] = {"status": "enclosed" if open_.size else "correctly_rounded"}
+    open_, same = (np.flatnonzero(certificate.status == code) for code in (certified.ENCLOSED, certified.IDENTITY))
     if open_.size:
-        entry["enclosed"] = open_.tolist()
-        entry["width"] = float(np.max(certificate.width)).hex()
-    return entry
+        raise GoldenError(
+            f"{case}, {output}: elements {open_.tolist()} stay undecided at {certified.BITS[-1]} bits, and the "
+            f"exactness test proves no identity; they lie within {certificate.width.max():.3g} of what balls say. "
+            "Change the case: a value that is not proved is not published"
+        )
+    entry: dict[str, Any] = {"status": "correctly_rounded"}
+    return entry | ({"identity": same.tolist()} if same.size else {})
 
 
 def _manifest(

@@ -37,7 +37,8 @@ from refattn.profiles import FLOAT64
 from refattn.spec import Outputs
 
 __all__ = [
-    "BITS", "ENCLOSED", "EXACT", "IDENTITY", "PROPAGATED", "ROUNDED", "STATUS", "Certificate", "certify", "name", "refuses",
+    "BITS", "ENCLOSED", "EXACT", "IDENTITY", "PROPAGATED", "ROUNDED", "STATUS",
+    "Certificate", "certify", "name", "refuses",
 ]  # fmt: skip
 
 name = "certified"

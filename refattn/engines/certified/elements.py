@@ -26,6 +26,8 @@ class Field(Value):
     """
 
     __slots__ = ("balls", "rational", "residue", "space", "weight")
+    rational: Any
+    residue: Any
 
     def __init__(self, space: Any, rational: Any, residue: Any, weight: Any, balls: Balls) -> None:
         self.space = space
@@ -35,7 +37,7 @@ class Field(Value):
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """Shape of the array."""
-        return self.residue.shape
+        return tuple(self.residue.shape)
 
     def known(self) -> Bools:
         """Which elements are known to be rational."""
@@ -101,7 +103,7 @@ def irrational_sums(a: Field, b: Field) -> Bools:
     return found
 
 
-def _both(of: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def _both(of: Callable[[Any, Any], Any]) -> Any:
     return np.frompyfunc(lambda a, b: None if a is None or b is None else of(a, b), 2, 1)
 
 

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from hashlib import sha256
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +36,7 @@ _LEAST = 20000
 
 
 def exactness(task: Task, decided: Mapping[str, Rounded], bits: int) -> dict[str, Rounded]:
-    """What the field says of the elements still enclosed, its balls of `bits` bits: as good as the last that decided."""
+    """What the field says of the elements still enclosed, with balls of `bits` bits, which have been found enough."""
     open_ = {name: part.status == ENCLOSED for name, part in decided.items()}
     open_ = {name: where for name, where in open_.items() if where.any()}
     part, rows = _concerned(task, open_)
@@ -87,7 +88,7 @@ def breakpoints(low: Fraction, high: Fraction, to_nearest: bool) -> list[Fractio
     numbers = [Fraction(x) for x in around]
     points = [q for x, q in zip(around, numbers, strict=True) if not np.float64(x).view(np.int64) & 1]
     if to_nearest:
-        points += [(a + b) / 2 for a, b in zip(numbers[:-1], numbers[1:], strict=True)]
+        points += [(a + b) / 2 for a, b in pairwise(numbers)]
     inside = [q for q in points if low <= q <= high]
     return zero or (inside if len(inside) == 1 else [])
 
@@ -127,7 +128,8 @@ def _widened(end: End, up: bool) -> Fraction:
 
 def _taken(old: Rounded, open_: NDArray[np.bool_], verdicts: Sequence[Verdict | None]) -> Rounded:
     """The old roundings with what the verdicts settle."""
-    new = Rounded(*(part.copy() for part in old))
+    copies: Any = (part.copy() for part in old)
+    new = Rounded(*copies)
     for at, verdict in zip(zip(*np.nonzero(open_), strict=True), verdicts, strict=True):
         if verdict is not None and verdict is not UNSURE:
             new.odd[at], new.nearest[at] = odd_fraction(verdict.value), nearest(verdict.value, np.float64)

@@ -1,7 +1,7 @@
 """A prime field as a space: equality of what a formula gives, decided as an identity in e and in named unknowns.
 
 e^a for a rational a is the a-th power of the field's base; every other irrational function of an argument is a symbol,
-a residue drawn by a hash of the argument's. `docs/certification.md`, section 6, has the theorem and the chance of error.
+a residue drawn by a hash of the argument's. Theorem and chance of error: `docs/certification.md`, section 6.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ from refattn.errors import DTypeError, Undecided
 from refattn.space import Bools, Integers, contraction
 
 # Where a function of a rational is rational: sin 0 = 0, cos 0 = 1, log 1 = 0.
-_POINTS = {"exp": (0, 1), "sin": (0, 0), "cos": (0, 1), "tanh": (0, 0), "erf": (0, 0), "log": (1, 0)}
+_POINTS = {"exp": (0, 1), "sin": (0, 0), "cos": (0, 1), "tanh": (0, 0), "erf": (0, 0), "log": (1, 0), "sqrt": (0, 0)}
 _ZERO: Any = fmpq(0)
+_PARTS = ("rational", "residue", "weight")
 _UNKNOWN = 2
 
 
 class FieldSpace:
     """The operations of `numeric` in one field.
 
-    fineness: the N of which all exponents so far are multiples of 1/N; asked: how many residues were compared, by a hash
-    or one by one; heaviest: the largest weight of these; chosen: whether a choice hung on one of them.
+    fineness: the N of which all exponents so far are multiples of 1/N; asked: how many residues were compared, or
+    hashed to be; heaviest: the largest weight of these; chosen: whether a choice hung on one of them.
     """
 
     def __init__(self, modulus: Modulus) -> None:
         self.modulus = modulus
         self.context = fmpz_mod_ctx(modulus.prime)
-        self.zero, self.one = self.context(0), self.context(1)
+        self.zero: Any = self.context(0)
+        self.one: Any = self.context(1)
         self.fineness, self.asked, self.heaviest, self.chosen = 1, 0, 1.0, False
         self._inverses: dict[int, Any] = {}
 
@@ -238,17 +240,17 @@ class FieldSpace:
 
     def concatenate(self, parts: Sequence[Field], axis: int) -> Field:
         """Joined along an axis."""
-        joined = (np.concatenate([getattr(x, name) for x in parts], axis) for name in ("rational", "residue", "weight"))
-        return Field(self, *joined, BALLS.concatenate([x.balls for x in parts], axis))
+        rational, residue, weight = (np.concatenate([getattr(x, name) for x in parts], axis) for name in _PARTS)
+        return Field(self, rational, residue, weight, BALLS.concatenate([x.balls for x in parts], axis))
 
     def sum(self, x: Field, axis: Any, keepdims: bool) -> Field:
         """Sum over axes, rational where every entry is."""
         known = x.known()
         options: dict[str, Any] = {"axis": axis, "keepdims": keepdims}
-        rational = np.sum(np.where(known, x.rational, _ZERO), initial=_ZERO, **options)
+        rational: Any = elements.array(np.sum(np.where(known, x.rational, _ZERO), initial=_ZERO, **options))
         return Field(
             self,
-            np.where(np.all(known, **options), elements.array(rational), None),
+            np.where(np.all(known, **options), rational, None),
             np.sum(x.residue, initial=self.zero, **options),
             np.sum(x.weight + 1, **options),
             BALLS.sum(x.balls, axis, keepdims),
@@ -280,8 +282,8 @@ class FieldSpace:
 
     def where(self, condition: Bools, a: Field, b: Field) -> Field:
         """Entries of a where the condition holds, else of b."""
-        chosen = (np.where(condition, getattr(a, name), getattr(b, name)) for name in ("rational", "residue", "weight"))
-        return Field(self, *chosen, BALLS.where(condition, a.balls, b.balls))
+        rational, residue, weight = (np.where(condition, getattr(a, name), getattr(b, name)) for name in _PARTS)
+        return Field(self, rational, residue, weight, BALLS.where(condition, a.balls, b.balls))
 
     def finite(self, x: Field) -> Bools:
         """Of the balls."""
@@ -323,13 +325,12 @@ class FieldSpace:
 
     def _symbols(self, x: Field, name: str) -> Field:
         """A symbol for the function of each entry, but at the points where its value is rational."""
-        at, value = _POINTS.get(name, (None, None))
-        point = None if at is None else self.context(at)
-        residues = np.full(x.shape, self.zero)
+        at, value = _POINTS[name]
+        residues = np.full(x.shape, self.context(value))
         for i in np.ndindex(x.shape):
-            argument = x.residue[i]
-            residues[i] = self.context(value if argument == point else symbol(self.modulus, name, int(argument)))
-        rational = [None if at is None or q is None or q != at else fmpq(value) for q in x.rational.ravel()]
+            if x.residue[i] != at:
+                residues[i] = self.context(symbol(self.modulus, name, int(x.residue[i])))
+        rational = [fmpq(value) if q == at else None for q in x.rational.ravel()]
         self._compared(x.weight[x.finite()])
         weight = np.where(x.finite(), 1.0, np.inf)
         return Field(self, filled(rational, x.shape), residues, weight, getattr(BALLS, name)(x.balls))

@@ -1,4 +1,4 @@
-"""What a tier of certification is: it is told the task and what is decided already, and says what it can of the rest."""
+"""What a tier of certification is: told the task and what is decided already, it says what it can of the rest."""
 
 from __future__ import annotations
 
