@@ -43,13 +43,13 @@ def audit(folder: Path, name: str, bits: int) -> Finding:
         differs = ~open_ & (fresh != stored) & ~(np.isnan(fresh) & np.isnan(stored))
         # With more bits a ball may be the point that fewer had to leave to the field.
         mistaken = (identity & ~listed) | (listed & ~identity & (status != certified.EXACT))
-        for found, what in (
+        for those, what in (
             (differs, f"are not what {bits} bits prove"),
             (open_, "are called certified but stay undecided"),
             (mistaken & ~open_, "are called an identity and are none, or are one and are not called so"),
         ):
-            if found.any():
-                wrong.append(f"{int(found.sum())} values of {output} {what}")
+            if those.any():
+                wrong.append(f"{int(those.sum())} values of {output} {what}")
     return Finding(name, elements, tuple(wrong))
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from refattn.bound import Bounded, BoundSpace
 from refattn.engines.certified.balls import BALLS
-from refattn.engines.certified.exactness import exactness
+from refattn.engines.certified.identities import exactness
 from refattn.engines.certified.rounding import (
     ENCLOSED,
     EXACT,

@@ -7,7 +7,7 @@ a residue drawn by a hash of the argument's. Theorem and chance of error: `docs/
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -24,6 +24,10 @@ from refattn.space import Bools, Integers, contraction
 
 # Where a function of a rational is rational: sin 0 = 0, cos 0 = 1, log 1 = 0.
 _POINTS = {"exp": (0, 1), "sin": (0, 0), "cos": (0, 1), "tanh": (0, 0), "erf": (0, 0), "log": (1, 0), "sqrt": (0, 0)}
+# f(−x) from f(x): an argument and its negative share a symbol.
+_MIRRORED: dict[str, Callable[[Any], Any]] = {
+    "exp": lambda y: 1 / y, "sin": lambda y: -y, "cos": lambda y: y, "tanh": lambda y: -y, "erf": lambda y: -y,
+}  # fmt: skip
 _ZERO: Any = fmpq(0)
 _PARTS = ("rational", "residue", "weight")
 _UNKNOWN = 2
@@ -210,13 +214,14 @@ class FieldSpace:
         return np.argsort(rank, axis=-1)[..., :k].astype(np.int64)
 
     def row_max(self, x: Field, live: Bools) -> Field:
-        """An entry whose double is largest, and no midpoint: differences of scores stay what they are."""
+        """A largest entry where all are rational, else 0: then equal scores have equal exponentials in all rows."""
         if not x.shape[-1]:
             return self.real(np.zeros((*x.shape[:-1], 1)))
         near = np.where(live, x.balls.enclosure()[0], -np.inf)
         best = np.argmax(near, axis=-1)[..., None]
         top = x.each(lambda part: np.take_along_axis(part, best, -1))
-        return self.where(np.isneginf(np.take_along_axis(near, best, -1)), self.real(0), top)
+        rational = live.any(-1, keepdims=True) & (x.known() | ~live).all(-1, keepdims=True)
+        return self.where(rational, top, self.real(0))
 
     def reshape(self, x: Field, shape: tuple[int, ...]) -> Field:
         """Another shape."""
@@ -329,11 +334,16 @@ class FieldSpace:
         residues = np.full(x.shape, self.context(value))
         for i in np.ndindex(x.shape):
             if x.residue[i] != at:
-                residues[i] = self.context(symbol(self.modulus, name, int(x.residue[i])))
+                residues[i] = self._symbol(name, int(x.residue[i]))
         rational = [fmpq(value) if q == at else None for q in x.rational.ravel()]
         self._compared(x.weight[x.finite()])
         weight = np.where(x.finite(), 1.0, np.inf)
         return Field(self, filled(rational, x.shape), residues, weight, getattr(BALLS, name)(x.balls))
+
+    def _symbol(self, name: str, argument: int) -> Any:
+        if name in _MIRRORED and 2 * argument > self.modulus.prime:
+            return _MIRRORED[name](self._symbol(name, self.modulus.prime - argument))
+        return self.context(symbol(self.modulus, name, argument))
 
     def _compared(self, weights: Any) -> None:
         self.asked += weights.size

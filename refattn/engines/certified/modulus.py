@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hashlib import shake_256
 from itertools import count
+from math import gcd
 from typing import NamedTuple
 
 from flint import fmpz
@@ -25,12 +26,19 @@ class Modulus(NamedTuple):
 def draw(seed: bytes, bits: int) -> Modulus:
     """Order and base as good as uniform among the primes of `bits` bits and the elements of that order.
 
-    A multiple of `order` in p − 1 gives every rational power of the base a meaning, and no small power of it is 1.
+    A prime `order` gives every rational power of the base a meaning, and 1 only to its own multiples. The base proves p
+    prime as well (Pocklington): order² > p, base^order = 1, and base − 1 has no factor of p.
     """
-    order = next(n for n in (_word(seed, f"order {i}", bits) | 1 << bits - 1 | 1 for i in count()) if _is_prime(n))
-    prime = next(n for n in (2 * c * order + 1 for c in count(1)) if _is_prime(n))
-    powers = (pow(_word(seed, f"base {i}", bits + 64), (prime - 1) // order, prime) for i in count())
-    return Modulus(prime, order, next(g for g in powers if g > 1), bits, seed)
+    order = next(
+        n for n in (_word(seed, f"order {i}", bits) | 1 << bits - 1 | 1 for i in count())
+        if fmpz(n).is_probable_prime() and fmpz(n).is_prime()
+    )  # fmt: skip
+    for c in count(1):
+        prime = 2 * c * order + 1
+        base = pow(_word(seed, f"base {c}", bits + 64), 2 * c, prime)
+        if fmpz(prime).is_probable_prime() and pow(base, order, prime) == 1 and gcd(base - 1, prime) == 1:
+            return Modulus(prime, order, base, bits, seed)
+    raise AssertionError("every arithmetic progression of this kind holds primes (Dirichlet)")
 
 
 def symbol(modulus: Modulus, name: str, argument: int) -> int:
@@ -40,7 +48,3 @@ def symbol(modulus: Modulus, name: str, argument: int) -> int:
 
 def _word(seed: bytes, about: str, bits: int) -> int:
     return int.from_bytes(shake_256(seed + about.encode()).digest(bits // 8), "big")
-
-
-def _is_prime(n: int) -> bool:
-    return bool(fmpz(n).is_probable_prime() and fmpz(n).is_prime())

@@ -28,7 +28,7 @@ from refattn.spec import Array
 
 # log2 of the chance of a false identity that is accepted, and the bits of the primes tried until it is reached.
 CHANCE = -100
-PRIME_BITS = (256, 512, 1024)
+PRIME_BITS = (256, 384, 768)
 # Those of the numerator or denominator of a double or a midpoint, and one for the difference.
 CANDIDATE_BITS = 1077
 # Ends of balls are widened to multiples of 2^-LEAST: no breakpoint but 0 is nearer to 0 than 2^-1075.
