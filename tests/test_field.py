@@ -287,20 +287,22 @@ def test_the_rows_concerned_give_what_the_whole_problem_does(rng, monkeypatch):
         np.testing.assert_array_equal(part.value, again[output].value)
 
 
-def test_breakpoints_are_the_one_of_the_interval_and_0():
+def test_the_candidate_is_0_or_the_one_breakpoint_of_the_interval():
     tiny, half = Fraction(2) ** -200, Fraction(2) ** -53
-    find = identities.breakpoints
-    assert find(1 - tiny, 1 + tiny, False) == [1]
-    assert find(1 + half - tiny, 1 + half + tiny, False) == []
-    assert find(1 + half - tiny, 1 + half + tiny, True) == [1 + half]
-    assert find(1 + 2 * half - tiny, 1 + 2 * half + tiny, True) == []
-    assert find(-tiny, tiny, True) == [0]
-    assert find(Fraction(0), 1 + tiny, True) == [0]
-    assert find(1 - tiny, 1 + 4 * half, False) == []
-    assert find(Fraction(2) ** 1024, Fraction(2) ** 1024 + 1, True) == []
+
+    def find(middle, reach, to_nearest):
+        return identities.breakpoint_in(middle - reach, middle + reach, float(middle), to_nearest)
+
+    assert find(Fraction(1), tiny, False) == find(Fraction(1), tiny, True) == 1
+    assert find(1 + half, tiny, False) is None and find(1 + half, tiny, True) == 1 + half
+    assert find(1 + 2 * half, tiny, True) is None
+    assert find(Fraction(0), tiny, True) == find(Fraction(1), Fraction(2), True) == 0
+    assert find(Fraction(1), 4 * half, False) is None and find(Fraction(1), 8 * half, False) is None
+    largest = Fraction(np.finfo(np.float64).max)
+    assert find(largest, largest / 2**54, True) is None
     least = Fraction(2) ** -1074
-    assert find(least - least / 8, least + least / 8, False) == []
-    assert find(2 * least - least / 8, 2 * least + least / 8, False) == [2 * least]
+    assert find(least, least / 8, False) is None and find(2 * least, least / 8, False) == 2 * least
+    assert find(-2 * least, least / 8, False) == -2 * least
 
 
 # Published identities

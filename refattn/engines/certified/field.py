@@ -50,7 +50,7 @@ class FieldSpace:
 
     def chance(self, weight: float) -> float:
         """log2 of a bound on the chance that an element of this weight has residue 0 without being 0."""
-        total = weight + self.asked**2 * self.heaviest
+        total = weight + self.asked**2 * (2 * self.heaviest + 1)
         bits = self.fineness.bit_length() - self.modulus.bits + 2
         return math.inf if math.isinf(total) else math.log2(total + 1) + bits
 
@@ -220,7 +220,7 @@ class FieldSpace:
         near = np.where(live, x.balls.enclosure()[0], -np.inf)
         best = np.argmax(near, axis=-1)[..., None]
         top = x.each(lambda part: np.take_along_axis(part, best, -1))
-        rational = live.any(-1, keepdims=True) & (x.known() | ~live).all(-1, keepdims=True)
+        rational = np.any(live, -1, keepdims=True) & np.all(x.known() | ~live, -1, keepdims=True)
         return self.where(rational, top, self.real(0))
 
     def reshape(self, x: Field, shape: tuple[int, ...]) -> Field:

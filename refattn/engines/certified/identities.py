@@ -17,7 +17,7 @@ import numpy as np
 from flint import ctx, fmpq
 from numpy.typing import NDArray
 
-from refattn.dtypes import nearest, odd_fraction
+from refattn.dtypes import odd_fraction
 from refattn.engines.certified.elements import Field
 from refattn.engines.certified.enclosure import End
 from refattn.engines.certified.field import FieldSpace
@@ -76,21 +76,21 @@ def identity(task: Task) -> bytes:
     return digest.digest()
 
 
-def breakpoints(low: Fraction, high: Fraction, to_nearest: bool) -> list[Fraction]:
-    """Candidates of [low, high]: 0, and the breakpoint if it is the only one: an even double, or a midpoint of two."""
-    zero = [Fraction(0)] if low <= 0 <= high else []
-    middle = nearest((low + high) / 2, np.float64)
+def breakpoint_in(low: Fraction, high: Fraction, middle: float, to_nearest: bool) -> Fraction | None:
+    """0 if it lies in [low, high], else the only breakpoint there: an even double, or a midpoint; `middle` is near."""
+    if low <= 0 <= high:
+        return Fraction(0)
     around = [middle]
     for _ in range(2):
         around = [float(np.nextafter(around[0], -np.inf)), *around, float(np.nextafter(around[-1], np.inf))]
     if not np.isfinite(around).all() or not Fraction(around[0]) < low <= high < Fraction(around[-1]):
-        return zero
+        return None
     numbers = [Fraction(x) for x in around]
     points = [q for x, q in zip(around, numbers, strict=True) if not np.float64(x).view(np.int64) & 1]
     if to_nearest:
         points += [(a + b) / 2 for a, b in pairwise(numbers)]
     inside = [q for q in points if low <= q <= high]
-    return zero or (inside if len(inside) == 1 else [])
+    return inside[0] if len(inside) == 1 else None
 
 
 def _verdicts(values: Field, where: NDArray[np.bool_], to_nearest: bool) -> list[Verdict | None]:
@@ -108,12 +108,14 @@ def _verdicts(values: Field, where: NDArray[np.bool_], to_nearest: bool) -> list
         rational = values.rational[at]
         if rational is not None and not space.chosen:
             value = Fraction(int(rational.p), int(rational.q))
-            found.append(Verdict(value, EXACT if odd_fraction(value) == value else ROUNDED))
+            found.append(Verdict(value, EXACT if float(value) == value else ROUNDED))
             continue
-        candidates = breakpoints(_widened(low, False), _widened(high, True), to_nearest)
-        same = [c for c in candidates if space.lift(fmpq(c.numerator, c.denominator)) == values.residue[at]]
+        point = breakpoint_in(_widened(low, False), _widened(high, True), float(t[at]), to_nearest)
+        if point is None or space.lift(fmpq(point.numerator, point.denominator)) != values.residue[at]:
+            found.append(None)
+            continue
         sure = space.chance(values.weight[at] + CANDIDATE_BITS) <= CHANCE
-        found.append(None if not same else Verdict(same[0], IDENTITY) if sure else UNSURE)
+        found.append(Verdict(point, IDENTITY) if sure else UNSURE)
     return found
 
 
@@ -132,7 +134,9 @@ def _taken(old: Rounded, open_: NDArray[np.bool_], verdicts: Sequence[Verdict | 
     new = Rounded(*copies)
     for at, verdict in zip(zip(*np.nonzero(open_), strict=True), verdicts, strict=True):
         if verdict is not None and verdict is not UNSURE:
-            new.odd[at], new.nearest[at] = odd_fraction(verdict.value), nearest(verdict.value, np.float64)
+            # Division of integers rounds to nearest, ties to even.
+            new.nearest[at] = near = float(verdict.value)
+            new.odd[at] = near if near == verdict.value else odd_fraction(verdict.value)
             new.status[at], new.width[at] = verdict.status, 0.0
     return new
 
