@@ -31,6 +31,8 @@ _MIRRORED: dict[str, Callable[[Any], Any]] = {
 _ZERO: Any = fmpq(0)
 _PARTS = ("rational", "residue", "weight")
 _UNKNOWN = 2
+# Exponents from here on have no prime tried that would do.
+_HUGE = 2**1000
 
 
 class FieldSpace:
@@ -116,7 +118,8 @@ class FieldSpace:
         root = self.context(self.modulus.base) ** pow(n, -1, self.modulus.order)
         made.residue[known] = filled([root ** (p * (n // below)) for p, below in exponents], (len(exponents),))
         made.rational[known] = filled([None if p else fmpq(1) for p, _ in exponents], (len(exponents),))
-        made.weight[known] = [abs(Fraction(p, below)) for p, below in exponents]
+        sizes = [abs(Fraction(p, below)) for p, below in exponents]
+        made.weight[known] = [float(size) if size < _HUGE else math.inf for size in sizes]
         return Field(self, made.rational, made.residue, made.weight, BALLS.exp(x.balls))
 
     def log(self, x: Field) -> Field:

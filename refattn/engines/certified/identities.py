@@ -7,6 +7,7 @@ A ball that no precision decides holds one breakpoint of the rounding. The refer
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from hashlib import sha256
@@ -41,28 +42,29 @@ def exactness(task: Task, decided: Mapping[str, Rounded], bits: int) -> dict[str
     open_ = {name: where for name, where in open_.items() if where.any()}
     part, rows = _concerned(task, open_)
     seed, chosen = identity(task), {name: _rows(where, rows) for name, where in open_.items()}
-    found: dict[str, list[Verdict | None]] = {}
+    found, needed = dict(decided), 0.0
     before, ctx.prec = ctx.prec, bits
     try:
         for size in PRIME_BITS:
-            space = FieldSpace(draw(seed, size))
+            if size < needed:
+                continue
+            space, needed = FieldSpace(draw(seed, size)), math.inf
             values = part.problem.differentiate(space.real, part.cotangents, part.wrt)
-            found = {n: _verdicts(values[n], where, part.problem.dtype == np.float64) for n, where in chosen.items()}
-            if not any(verdict is UNSURE for verdicts in found.values() for verdict in verdicts):
-                break
+            for name, where in chosen.items():
+                verdicts = _verdicts(values[name], where, part.problem.dtype == np.float64)
+                found[name] = _taken(decided[name], open_[name], verdicts, space.modulus.bits)
+                needed = min([needed, *(v.bits for v in verdicts if v and v.bits > space.modulus.bits)])
     finally:
         ctx.prec = before
-    return {n: _taken(decided[n], open_[n], verdicts) for n, verdicts in found.items()}
+    return {name: found[name] for name in open_}
 
 
 class Verdict(NamedTuple):
-    """An exact value, with what is known of it."""
+    """An exact value, its status, and the bits that a prime needs for the chance accepted."""
 
     value: Fraction
     status: int
-
-
-UNSURE = Verdict(Fraction(0), ENCLOSED)
+    bits: float
 
 
 def identity(task: Task) -> bytes:
@@ -82,7 +84,7 @@ def breakpoint_in(low: Fraction, high: Fraction, middle: float, to_nearest: bool
         return Fraction(0)
     around = [middle]
     for _ in range(2):
-        around = [float(np.nextafter(around[0], -np.inf)), *around, float(np.nextafter(around[-1], np.inf))]
+        around = [math.nextafter(around[0], -math.inf), *around, math.nextafter(around[-1], math.inf)]
     if not np.isfinite(around).all() or not Fraction(around[0]) < low <= high < Fraction(around[-1]):
         return None
     numbers = [Fraction(x) for x in around]
@@ -94,7 +96,7 @@ def breakpoint_in(low: Fraction, high: Fraction, middle: float, to_nearest: bool
 
 
 def _verdicts(values: Field, where: NDArray[np.bool_], to_nearest: bool) -> list[Verdict | None]:
-    """Of the elements chosen: what each is, None where that is not known, UNSURE where a larger prime may tell."""
+    """Of the elements chosen: what each is, or None where that is not known."""
     space = values.space
     t, _, r = values.balls.enclosure()
     bounded = np.isfinite(t) & np.isfinite(r) & where
@@ -108,14 +110,14 @@ def _verdicts(values: Field, where: NDArray[np.bool_], to_nearest: bool) -> list
         rational = values.rational[at]
         if rational is not None and not space.chosen:
             value = Fraction(int(rational.p), int(rational.q))
-            found.append(Verdict(value, EXACT if float(value) == value else ROUNDED))
+            found.append(Verdict(value, EXACT if float(value) == value else ROUNDED, 0))
             continue
         point = breakpoint_in(_widened(low, False), _widened(high, True), float(t[at]), to_nearest)
         if point is None or space.lift(fmpq(point.numerator, point.denominator)) != values.residue[at]:
             found.append(None)
             continue
-        sure = space.chance(values.weight[at] + CANDIDATE_BITS) <= CHANCE
-        found.append(Verdict(point, IDENTITY) if sure else UNSURE)
+        short = space.chance(values.weight[at] + CANDIDATE_BITS) - CHANCE
+        found.append(Verdict(point, IDENTITY, space.modulus.bits + short))
     return found
 
 
@@ -128,12 +130,12 @@ def _widened(end: End, up: bool) -> Fraction:
     return Fraction(-(-man >> shift) if up else man >> shift, 1 << _LEAST)
 
 
-def _taken(old: Rounded, open_: NDArray[np.bool_], verdicts: Sequence[Verdict | None]) -> Rounded:
-    """The old roundings with what the verdicts settle."""
+def _taken(old: Rounded, open_: NDArray[np.bool_], verdicts: Sequence[Verdict | None], bits: int) -> Rounded:
+    """The old roundings with what the verdicts settle for a prime of that many bits."""
     copies: Any = (part.copy() for part in old)
     new = Rounded(*copies)
     for at, verdict in zip(zip(*np.nonzero(open_), strict=True), verdicts, strict=True):
-        if verdict is not None and verdict is not UNSURE:
+        if verdict is not None and verdict.bits <= bits:
             # Division of integers rounds to nearest, ties to even.
             new.nearest[at] = near = float(verdict.value)
             new.odd[at] = near if near == verdict.value else odd_fraction(verdict.value)
