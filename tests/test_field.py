@@ -296,6 +296,7 @@ def test_the_candidate_is_0_or_the_one_breakpoint_of_the_interval():
     assert find(Fraction(1), tiny, False) == find(Fraction(1), tiny, True) == 1
     assert find(1 + half, tiny, False) is None and find(1 + half, tiny, True) == 1 + half
     assert find(1 + 2 * half, tiny, True) is None
+    assert find(Fraction(1), half, True) is None and find(Fraction(1), half, False) == 1
     assert find(Fraction(0), tiny, True) == find(Fraction(1), Fraction(2), True) == 0
     assert find(Fraction(1), 4 * half, False) is None and find(Fraction(1), 8 * half, False) is None
     largest = Fraction(np.finfo(np.float64).max)
