@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -105,6 +105,11 @@ class Problem:
         found = dict(self.variant.reference(self.spec, given, state))
         carried = found.pop("state")
         return found | {f"state_{name}": array for name, array in carried.items()}
+
+    def restricted(self, rows: tuple[int, ...]) -> Problem:
+        """The same problem for some query rows only, by the variant's `restrict`."""
+        short = self.variant.restrict(self.spec, self.inputs, rows)
+        return replace(self, inputs=short, sizes=dict(self.sizes) | {"Lq": len(rows)})
 
     def _split(self, x: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Inputs proper, and the state: as given, else of no token, where every array is 0."""

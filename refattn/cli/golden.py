@@ -173,7 +173,7 @@ def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
 def _print_tallies(tallies: list[Tally]) -> None:
     """Cases, elements, how each was certified, worst distance, bytes; one row a folder and a total."""
     table = Table(box=None)
-    for heading in ("group", "cases", "elements", "rounded", "exact", "open", "NaN", "distance", "bytes"):
+    for heading in ("group", "cases", "elements", "rounded", "exact", "identity", "NaN", "distance", "bytes"):
         table.add_column(heading, justify="left" if heading == "group" else "right")
     groups = sorted({t.name.partition("/")[0] for t in tallies})
     for group in groups:
@@ -184,18 +184,15 @@ def _print_tallies(tallies: list[Tally]) -> None:
     seconds = sum(t.seconds for t in tallies)
     console.print(
         "rounded: correctly rounded, proved by balls; exact: a double, proved equal;\n"
-        "open: undecided at 4096 bits, stored with its width; NaN: asked by convention;\n"
+        "identity: a double or a tie by an identity, proved over a prime field; NaN: asked by convention;\n"
         "distance: worst |float64 reference − certified| in units of its float64 bound,\n"
         f"which every value was checked against. {seconds:.1f} seconds of work",
         highlight=False,
     )
-    for t in tallies:
-        if t.status["enclosed"]:
-            console.print(f"  undecided at 4096 bits: {t.name}, {t.status['enclosed']} elements", markup=False)
 
 
 def _row(table: Table, group: str, tallies: list[Tally]) -> None:
-    labels = ("correctly_rounded", "exact", "enclosed", "propagated")
+    labels = ("correctly_rounded", "exact", "identity", "propagated")
     status = {label: sum(t.status[label] for t in tallies) for label in labels}
     worst = max((t.distance for t in tallies), default=0.0)
     table.add_row(

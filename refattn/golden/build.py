@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from refattn.bound import Bounded, BoundSpace
 from refattn.case import NORMAL, Case, as_json
 from refattn.dtypes import format_of, round_up_bfloat16
 from refattn.engines import certified, reference
-from refattn.errors import SpecError, Undecided
+from refattn.errors import GoldenError, SpecError, Undecided
 from refattn.files import safetensors_bytes
 from refattn.golden import inputs as recipes
 from refattn.golden.condition import condition
@@ -48,7 +48,13 @@ class Built:
 
 
 def build(case: Case) -> Built:
-    """Generate, certify and bound one case."""
+    """Generate, certify and bound one case.
+
+    Raises
+    ------
+    GoldenError
+        Some of its values are neither decided nor proved identities: such a case is not published.
+    """
     start = time.perf_counter()
     arrays, weights = recipes.inputs(case), recipes.cotangents(case)
     problem = problem_of(case, arrays)
@@ -70,7 +76,7 @@ def build(case: Case) -> Built:
         tensors[f"{name}.bound"] = round_up_bfloat16(limit)
         if case.dtype == "float64":
             tensors[f"{name}.nearest"] = certificate.rne
-        status[name] = _status(certificate)
+        status[name] = _status(case.name, name, certificate)
         tally["elements"] += certificate.value.size
         tally["distance"] = max(tally["distance"], _distance(certificate, rows_of(case, name, plain[name])))
         for code, label in enumerate(certified.STATUS):
@@ -90,10 +96,7 @@ def problem_of(case: Case, arrays: Mapping[str, NDArray[Any]]) -> Problem:
     """The checked problem of a case, restricted to its published query rows."""
     forward = tuple(name for name in case.want if name in ("scores", "probs"))
     problem = api.build(case.spec, arrays, case.dtype, ("out", *forward), case.history)
-    if case.rows is None:
-        return problem
-    short = problem.variant.restrict(problem.spec, problem.inputs, case.rows.q)
-    return replace(problem, inputs=short, sizes=dict(problem.sizes) | {"Lq": len(case.rows.q)})
+    return problem if case.rows is None else problem.restricted(case.rows.q)
 
 
 def rows_of(case: Case, name: str, array: NDArray[Any]) -> NDArray[Any]:
@@ -134,14 +137,17 @@ def _distance(certificate: certified.Certificate, plain: NDArray[np.float64]) ->
     return float((gap / limit).max(initial=0.0))
 
 
-def _status(certificate: certified.Certificate) -> dict[str, Any]:
+def _status(case: str, output: str, certificate: certified.Certificate) -> dict[str, Any]:
     """What is true of an output whatever the precision of the run."""
-    open_ = np.flatnonzero(certificate.status == certified.ENCLOSED)
-    entry: dict[str, Any] = {"status": "enclosed" if open_.size else "correctly_rounded"}
+    open_, same = (np.flatnonzero(certificate.status == code) for code in (certified.ENCLOSED, certified.IDENTITY))
     if open_.size:
-        entry["enclosed"] = open_.tolist()
-        entry["width"] = float(np.max(certificate.width)).hex()
-    return entry
+        raise GoldenError(
+            f"{case}, {output}: elements {open_.tolist()} stay undecided at {certified.BITS[-1]} bits, and the "
+            f"exactness test proves no identity; they lie within {certificate.width.max():.3g} of what balls say. "
+            "Change the case: a value that is not proved is not published"
+        )
+    entry: dict[str, Any] = {"status": "correctly_rounded"}
+    return entry | ({"identity": same.tolist()} if same.size else {})
 
 
 def _manifest(

@@ -1,13 +1,15 @@
 """The certified engine: every element the correctly rounded value, proved, or its status says that it is not.
 
-The reference's own text runs on balls with rising precision until each element's rounding is decided; then a second
-evaluation in another arithmetic, float64 with a running error bound, must agree with every value.
+The reference's own text runs on balls with rising precision until each element's rounding is decided, and over a prime
+field for what balls cannot decide; then a second evaluation in another arithmetic, float64 with a running error bound,
+must agree with every value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,12 @@ from flint import ctx
 from numpy.typing import NDArray
 
 from refattn.bound import Bounded, BoundSpace
-from refattn.engines.certified.balls import BALLS, Balls
+from refattn.engines.certified.balls import BALLS
+from refattn.engines.certified.identities import exactness
 from refattn.engines.certified.rounding import (
     ENCLOSED,
     EXACT,
+    IDENTITY,
     PROPAGATED,
     ROUNDED,
     STATUS,
@@ -26,12 +30,16 @@ from refattn.engines.certified.rounding import (
     better,
     round_enclosed,
 )
+from refattn.engines.certified.tier import Task, Tier
 from refattn.errors import RefattnError, Undecided
 from refattn.problem import Problem
 from refattn.profiles import FLOAT64
 from refattn.spec import Outputs
 
-__all__ = ["BITS", "ENCLOSED", "EXACT", "PROPAGATED", "ROUNDED", "STATUS", "Certificate", "certify", "name", "refuses"]
+__all__ = [
+    "BITS", "ENCLOSED", "EXACT", "IDENTITY", "PROPAGATED", "ROUNDED", "STATUS",
+    "Certificate", "certify", "name", "refuses",
+]  # fmt: skip
 
 name = "certified"
 BITS = (128, 512, 4096)
@@ -67,14 +75,14 @@ def certify(
     RefattnError
         If the float64 bound refutes a certified value: a defect in one of the two arithmetics, never an answer.
     """
+    task = Task(problem, cotangents or {}, wrt)
     decided: dict[str, Rounded] = {}
-    for precision in bits:
+    for tier in tiers(bits):
         try:
-            found = _on_balls(problem, cotangents or {}, wrt, precision)
+            found = tier(task, decided)
         except Undecided:
             continue
-        for name, balls in found.items():
-            decided[name] = better(decided.get(name), round_enclosed(balls, problem.dtype == np.float64))
+        decided |= {name: better(decided.get(name), part) for name, part in found.items()}
         if not any((part.status == ENCLOSED).any() for part in decided.values()):
             break
     if not decided:
@@ -82,6 +90,16 @@ def certify(
     checks = _in_float64(problem, cotangents or {}, wrt)
     clean = all(np.isfinite(a.astype(np.float64)).all() for a in problem.real_inputs().values())
     return {name: _checked(name, part, checks[name], clean) for name, part in decided.items()}
+
+
+def tiers(bits: Sequence[int]) -> list[Tier]:
+    """What is tried in turn until nothing is enclosed: balls, and behind all but the first the exactness test."""
+    found: list[Tier] = []
+    for precision in bits:
+        found += [partial(_on_balls, bits=precision)]
+        if precision != bits[0] or len(bits) == 1:
+            found += [partial(exactness, bits=precision)]
+    return found
 
 
 def _in_float64(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str]) -> Mapping[str, Any]:
@@ -95,13 +113,14 @@ def _in_float64(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[s
     return {name: Bounded(space, a, np.full(np.shape(a), np.inf)) for name, a in plain.items()}
 
 
-def _on_balls(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str], bits: int) -> dict[str, Balls]:
+def _on_balls(task: Task, decided: Mapping[str, Rounded], bits: int) -> dict[str, Rounded]:
     before = ctx.prec
     ctx.prec = bits
     try:
-        return problem.differentiate(BALLS.real, cotangents, wrt)
+        found = task.problem.differentiate(BALLS.real, task.cotangents, task.wrt)
     finally:
         ctx.prec = before
+    return {name: round_enclosed(balls, task.problem.dtype == np.float64) for name, balls in found.items()}
 
 
 def _checked(name: str, found: Rounded, check: Any, clean: bool) -> Certificate:
