@@ -40,7 +40,7 @@ import numpy as np
 from refattn.engines.cpu import backward, bounds, gradients, logits, sight, skipping, tiles, tuples, vectors, work
 from refattn.engines.cpu._jit import bare, inner, stamp
 from refattn.engines.cpu.backward import Given, enter, weights
-from refattn.engines.cpu.bounds import gauge
+from refattn.engines.cpu.bounds import charge, gauge, magnitudes, weigh_bound
 from refattn.engines.cpu.forward import Shape
 from refattn.engines.cpu.pool import together
 from refattn.engines.cpu.sight import NOTHING, between, see
@@ -51,7 +51,7 @@ from refattn.engines.cpu.vectors import take
 from refattn.engines.cpu.work import KEYS, Array, Arrays, Ends, Rows, Tile, ends_of, lay, locate, scratch, tiles_of
 
 _NEAREST = 2  # tiles that a share is told by
-_SHARED, _ZERO = 24.0, 120.0  # bits by which a bias falls at least, before a tile goes by its share or as 0
+_SHARED, _ZERO = 32.0, 120.0  # bits by which a bias falls at least, before a tile goes by its share or as 0
 
 
 class Sides(NamedTuple):
@@ -184,7 +184,8 @@ def share(
 ) -> None:
     """The budgets of a tile's rows by what the nearest keys have of the bounds; after `enter` and `begin`."""
     depth, taken = x.sizes[5], 0
-    charge(x, tile, room, at, sides.longest[at.b, at.g])
+    top, total, base = tile.top.ctypes.data, tile.total.ctypes.data, tile.base.ctypes.data
+    charge(shape, room.price.ctypes.data, tile.o.ctypes.data, x.sizes[6], sides.longest[at.b, at.g], total)
     fill(shape, room.sums.ctypes.data, depth, np.float32(0.0))
     tile.factor[:] = 0.0
     for n in range(-(-x.k_length[at.b] // KEYS)):
@@ -197,25 +198,8 @@ def share(
     for r in range(tile.lanes):
         tile.total[r] = min(2 * tile.factor[r], tile.spent[r])
     scales, absent = sides.scales[at.b, at.g].ctypes.data, sides.absent[at.b, at.g].ctypes.data
-    top, total, base = tile.top.ctypes.data, tile.total.ctypes.data, tile.base.ctypes.data
     budget, sums, least = tile.budget.ctypes.data, room.sums.ctypes.data, sides.least
     gauge(shape, budget, base, sums, depth, scales, absent, top, total, least[0], least[1])
-
-
-@inner
-def charge(x: Arrays, tile: Tile, room: Room, at: Rows, longest: float) -> None:
-    """1 / t of each row, ∞ where t is 0 and the row has no cotangent to give; 0 where it is out of range."""
-    price, lanes = room.price, tile.lanes
-    price[:] = 1e-30  # more than squares lose that are too small for float32
-    tile.factor[:] = 0.0
-    for d in range(x.sizes[6]):
-        line = tile.o[d * lanes : (d + 1) * lanes]
-        for r in range(lanes):
-            price[r] += line[r] * line[r]
-            tile.factor[r] += abs(line[r])
-    for r in range(lanes):
-        cost = np.float32(0.0 if tile.factor[r] == 0.0 else np.sqrt(price[r]) * longest) + abs(tile.total[r])
-        price[r] = np.inf if cost == 0.0 else 1 / cost if 1e-30 < cost < 1e30 else 0.0
 
 
 @inner
@@ -223,19 +207,13 @@ def take_in(
     shape: int, x: Arrays, given: Given, tile: Tile, room: Room, at: Rows, j: int, count: int, kinds: int
 ) -> None:
     """Add Σ P to tile.factor, Σ G to tile.spent and Σ G |k| to room.sums, G over 12u t."""
-    depth, lanes, key = x.sizes[5], tile.lanes, (at.b * x.sizes[2] + at.g) * x.sizes[4] + j
+    depth, key = x.sizes[5], (at.b * x.sizes[2] + at.g) * x.sizes[4] + j
     weights(shape, x, given, tile, room.sums, at, j, count, kinds, np.float32(1.0))
-    for n in range(count):
-        p, ds = tile.s[n * lanes : (n + 1) * lanes], tile.bias[n * lanes : (n + 1) * lanes]
-        for r in range(lanes):
-            mean = p[r] * tile.total[r]
-            tile.factor[r] += p[r]
-            ds[r] = (2 * abs(ds[r] + mean) + abs(mean) + abs(ds[r])) * room.price[r]
-            tile.spent[r] += ds[r]
-    for n in range(count * depth):
-        room.keys[n] = abs(x.k[key * depth + n])
+    p, g, delta, price = tile.s.ctypes.data, tile.bias.ctypes.data, tile.total.ctypes.data, room.price.ctypes.data
+    weigh_bound(shape, p, g, count, delta, price, tile.factor.ctypes.data, tile.spent.ctypes.data)
+    magnitudes(shape, room.keys.ctypes.data, x.k.ctypes.data + 4 * key * depth, count * depth)
     sums, keys = room.sums.ctypes.data, room.keys.ctypes.data
-    accumulate(shape, sums, room.ones.ctypes.data, tile.bias.ctypes.data, keys, 4 * depth, count, depth)
+    accumulate(shape, sums, room.ones.ctypes.data, g, keys, 4 * depth, count, depth)
 
 
 @inner
