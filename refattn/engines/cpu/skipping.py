@@ -160,7 +160,8 @@ def told(plan: Score) -> str | None:
     first = ", ".join(f"{bits / slope:.0f}" if slope > 0 else "never" for slope in slopes.tolist())
     return (
         f"keys that together are proved to weigh less than 1/{1 / EPSILON:.0f} of the published bound are left out; "
-        f"where scale |q||k| is at most {_COMMON}, from about these distances on, head by head: {first}"
+        f"where scale |q||k| is at most {_COMMON}, from about these distances on, head by head: {first}; gradients of "
+        f"q, k and v likewise, not under a softcap and not beside those of biases, which leave out weights of 0 alone"
     )
 
 

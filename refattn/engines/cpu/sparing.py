@@ -1,7 +1,7 @@
 r"""Keys left out of a backward pass: what each row may leave out, found before the pass begins.
 
-Names as in `skipping`; P_ij = exp2(s_ij − lse_i), dP_ij = dout_i·v_j, dS_ij = P_ij (dP_ij − δ_i). A tile's n keys weigh at
-most w = n 2^(b_B − lse_i). With V = max |v_j| and t_i = |dout_i| V + |δ_i| ≥ |dP_ij − δ_i|, without them
+Names as in `skipping`; P_ij = exp2(s_ij − lse_i), dP_ij = dout_i·v_j, dS_ij = P_ij (dP_ij − δ_i). A tile's n keys weigh
+at most w = n 2^(b_B − lse_i). With V = max |v_j| and t_i = |dout_i| V + |δ_i| ≥ |dP_ij − δ_i|, without them
 
     dq_id changes by     w scale t_i max |k_d|
     dk changes by        Σ_j |change of dk_jd| ≤ Σ_i w scale t_i |q_id|      over the keys j, for each d
@@ -20,8 +20,8 @@ neither a sum of the pass itself nor a sign is needed. What is left out stays be
     of each dq_id                             if w ≤ ε / t_i min_d Σ_N G_ij |k_jd| / max |k_d|,
     of dk and dv over all keys of a head      if w ≤ ε / √T min(Σ_N G_ij / t_i, 24u Σ_N P_ij) too,
 
-for each d, both in the sum and in the root of the sum of squares over its keys, of which there are T tiles: the change
-of a column has a root of squares of Σ_i Σ_B (w_B / √KEYS) times the same, the bound one of its sum / √(T KEYS) at least.
+for each d, both in the sum and in the root of the sum of squares over its keys, of which there are T tiles: of squares,
+a tile adds at most w / √KEYS instead of w, and the bound has its sum over keys / √(T KEYS) at least.
 
 With a softcap all of it would be times its slopes, which may be 0 near and 1 far. So there, and where cotangents of
 biases are wanted, a tile goes whose weights are below 2⁻¹²⁷: they are 0 in the kernel, and no bit changes.
@@ -50,6 +50,7 @@ from refattn.engines.cpu.tuples import lent
 from refattn.engines.cpu.vectors import take
 from refattn.engines.cpu.work import KEYS, Array, Arrays, Ends, Rows, Tile, ends_of, lay, locate, scratch, tiles_of
 
+SHORTEST = 640  # keys: below, the search costs what it spares
 _NEAREST = 2  # tiles that a share is told by
 _SHARED, _ZERO = 32.0, 120.0  # bits by which a bias falls at least, before a tile goes by its share or as 0
 
@@ -80,7 +81,7 @@ class Room(NamedTuple):
 def allowed(x: Arrays, norms: Norms, given: Given, shape: Shape, by_share: bool) -> Allowed | None:
     """What rows may leave out; None where lse or δ of a row that sees a key is not finite."""
     batch, heads, groups, lq, lk, depth, width = x.sizes
-    if not norms.on:
+    if not norms.on or lk < SHORTEST:
         return skipping.NOTHING_ALLOWED
     rows, tasks = batch * heads * lq, batch * groups * tiles_of(heads // groups, lq, shape.rows)
     found = Allowed(
@@ -94,7 +95,8 @@ def allowed(x: Arrays, norms: Norms, given: Given, shape: Shape, by_share: bool)
 
     def arguments() -> tuple[object, ...]:
         sizes = depth * shape.rows, KEYS * depth, shape.rows
-        room = Room(*(np.empty(n, np.float32) for n in sizes), np.ones(shape.rows, np.float32))
+        sums, keys, price = (np.empty(n, np.float32) for n in sizes)
+        room = Room(sums, keys, price, np.ones(shape.rows, np.float32))
         tile = scratch(shape.rows, depth, width, shape.storage)
         return x, norms, given, sides, found, tile, room, doubt, counter
 
