@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from refattn import unread
 from refattn.engines.cpu import adjoint, fast, score, skipping
-from refattn.engines.cpu.blocks import in_a_row, packed, stored
+from refattn.engines.cpu.blocks import in_a_row, on_pages, packed, paged_alone, stored
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
@@ -80,7 +80,7 @@ def vjp(
     inputs = {n: tape.variable(real[n].astype(np.float64, copy=False)) for n in wrt if n not in own}
     # Where q, k and v are the plan's own, their cotangents are the gradients.
     taped: Any = unread.plan(problem, inputs)
-    if taped is None or packed(taped):
+    if taped is None or (packed(taped) and not paged_alone(taped)):
         x, own = problem.lift(np.asarray), set()
         inputs = {n: tape.variable(x[n]) for n in wrt}
         lowered: Any = problem.lowered(x | inputs)
@@ -88,7 +88,11 @@ def vjp(
     plan = map_leaves(taped, lambda leaf: getattr(leaf, "value", leaf))
     found = _saved(outputs or {}, plan, kind) or _outputs(plan, plan.q, plan.k, plan.v, kind)
     wanted = {n: leaf for n, leaf in leaves(taped).items() if isinstance(leaf, Variable)}
-    gradients = _gradients(plan, kind, found, cotangents, own | set(wanted))
+    row = in_a_row(plan, plan.k, plan.v) if packed(plan) else plan
+    gradients = _gradients(row, kind, found, cotangents, own | set(wanted))
+    if plan.pages is not None and plan.lengths is not None:
+        pages = plan.k.shape[0], plan.k.shape[2], plan.pages, plan.lengths[1]
+        gradients |= {n: on_pages(*pages, gradients[n]) for n in own & {"k", "v"}}
     pairs = [(leaf, gradients[n].astype(np.float64) if leaf.parents else gradients[n]) for n, leaf in wanted.items()]
     carried = dict(zip(inputs, tape.gradients(pairs, list(inputs.values())), strict=True))
     return Outputs(found | {f"d{n}": gradients[n] if n in own else carried[n] for n in wrt})

@@ -58,6 +58,11 @@ def packed(plan: Score) -> bool:
     return not (plan.pages is plan.k_scale is plan.v_scale is None)
 
 
+def paged_alone(plan: Score) -> bool:
+    """Whether keys and values stand in blocks and are no integers."""
+    return plan.pages is not None and plan.k_scale is plan.v_scale is None
+
+
 def in_a_row(plan: Score, k: Array, v: Array) -> Score:
     """The plan with k (B,Hkv,Lk,D) and v (B,Hkv,Lk,Dv) in a row: integers times scales in float32, else as stored.
 
@@ -89,6 +94,18 @@ def _gathered(plan: Score, kept: Array) -> Array:
     table = np.where(np.arange(plan.pages.shape[1]) * size < plan.lengths[1][:, None], plan.pages, 0)
     block, slot = (table[:, place // size], place % size) if lk else (np.zeros((len(table), 0), np.int64), place)
     found: Array = kept[block[:, None], np.arange(groups)[:, None], slot]
+    return found
+
+
+def on_pages(blocks: int, size: int, table: Array, lengths: Array, gradient: Array) -> Array:
+    """Cotangent (N,Hkv,S,D) of N blocks from that of keys or values in a row (B,Hkv,M·S,D).
+
+    A block that several sequences share has the sum of theirs.
+    """
+    found = np.zeros((blocks, gradient.shape[1], size, gradient.shape[3]), gradient.dtype)
+    for names, length, row in zip(table, lengths.tolist(), gradient, strict=True):
+        for m in range(-(-length // size)):
+            found[names[m]] += row[:, m * size : (m + 1) * size]
     return found
 
 

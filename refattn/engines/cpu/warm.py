@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from refattn.engines.cpu import _jit, adjoint, backward, decode, fast, forward, score, skipping, storage
+from refattn.engines.cpu import _jit, adjoint, backward, decode, fast, forward, score, skipping, sparing, storage
 from refattn.engines.cpu.operands import prepare
 from refattn.engines.cpu.vectors import INT8
 from refattn.plan import Bias, Dense, Score, Slope
@@ -64,6 +64,9 @@ def kernels() -> Iterator[Kernel]:
         shape = forward.shape_for(1, lq)
         both: tuple[Any, ...] = (backward.kernel(shape), backward.by_pair(shape))
         yield Kernel(f"backward, {shape.rows} queries a tile", both, partial(_backward, lq))
+    long = sparing.SHORTEST
+    search = (sparing.kernel(forward.shape_for(1, long)),)
+    yield Kernel("search of what gradients leave out", search, partial(_backward, long, long, falling))
     yield Kernel("sum of parts", (backward.total,), _sum)
     for kind, (name, call) in product((np.float32, np.float64), _BY_ROW.items()):
         function = getattr(score, name)
@@ -106,10 +109,11 @@ def _read(kind: np.dtype[Any], tabled: bool) -> None:
     fast.run(plan, plan.q.astype(np.float32), plan.k, plan.v)
 
 
-def _backward(lq: int) -> None:
-    plan = _plan(np.float32, lq, _LONG, (Dense(values=np.zeros((lq, _LONG))),))
+def _backward(lq: int, lk: int = _LONG, bias: tuple[Bias, ...] = ()) -> None:
+    plan = _plan(np.float32, lq, lk, bias or (Dense(values=np.zeros((lq, lk))),))
+    wanted = {"q", "k", "v"} if bias else {"q", "k", "v", "bias.0"}
     given = adjoint.Pass(plan.q, plan.k, plan.v, plan.q, plan.q[..., 0].copy(), plan.q, plan.q[..., 0].copy())
-    adjoint.gradients(plan, given, {"q", "k", "v", "bias.0"})
+    adjoint.gradients(plan, given, wanted)
 
 
 def _sum() -> None:
