@@ -116,10 +116,8 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
     if k.dtype != v.dtype or storage_of(k) is None:
         k, v = widened(k), widened(v)
     q, k, v = converted(q, q.dtype), converted(k, k.dtype), converted(v, v.dtype)
-    # A logit of −∞ that a key's infinity makes would count as masked. Those of an infinity in q are all infinite or
-    # NaN, and their row is one of doubt, unless a cap, a sink or a sigmoid makes numbers of them.
-    if not (few or finite(k)):
-        k, v = rows(widened(k)), widened(v)
+    # Logits of an infinity in q are all infinite or NaN, and their row is one of doubt, unless a cap, a sink or a
+    # sigmoid makes numbers of them.
     doubted = plan.sink is plan.softcap is None and plan.normalizer == "softmax"
     if not (few or doubted or finite(q)):
         q = rows(q)

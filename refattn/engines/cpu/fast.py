@@ -12,10 +12,10 @@ import numpy as np
 from refattn.engines.cpu import decode
 from refattn.engines.cpu.blocks import blocks, stored
 from refattn.engines.cpu.forward import kernel, shape_for
-from refattn.engines.cpu.operands import differences, span, stacked, summed
+from refattn.engines.cpu.operands import differences, rows, span, stacked, summed
 from refattn.engines.cpu.pool import together
 from refattn.engines.cpu.skipping import norms
-from refattn.engines.cpu.storage import bits, storage_of
+from refattn.engines.cpu.storage import bits, storage_of, widened
 from refattn.engines.cpu.tiles import BOTTOM
 from refattn.engines.cpu.vectors import FLOAT32
 from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, Results, scratch, tiles_of
@@ -70,16 +70,27 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
     """Out (B,Hq,Lq,Dv), lse and which rows are to be made again (B,Hq,Lq).
 
     q, k, v are the plan's, C order, q in float32, k and v stored alike in a way that `storage_of` knows; without
-    infinities in q and k, without pages and scales. Where `few` says so they may have all that, in a way that `stored`
+    infinities in q, without pages and scales. Where `few` says so they may have all that, in a way that `stored`
     knows. What is not finite in v reaches all rows of a tile, masked or not: they are to be made again.
     """
     x = arrays(plan, q, k, v)
-    batch, heads, groups, lq, lk, depth, width = x.sizes
+    _, heads, groups, lq, lk, _, _ = x.sizes
     if few(plan, heads // groups * lq, lk):
         return decode.run(x, blocks(plan), stored(k) or FLOAT32, plan.pages is not None)
-    storage = storage_of(k) or FLOAT32
-    out, lse = np.empty((batch, heads, lq, width), np.float32), np.empty(q.shape[:3], np.float32)
-    redo, counter = np.empty(q.shape[:3], np.bool_), np.zeros(1, np.int64)
+    *found, finite = _tiled(x, storage_of(k) or FLOAT32)
+    if not finite:
+        # A logit of −∞ that a key's infinity makes has counted as masked.
+        *found, _ = _tiled(arrays(plan, q, rows(widened(k)), widened(v)), FLOAT32)
+    out, lse, redo = found
+    return out, lse, redo
+
+
+def _tiled(x: Arrays, storage: int) -> tuple[Array, Array, Array, bool]:
+    """As `run`, of rows that are not few; and whether k is finite."""
+    batch, heads, groups, lq, lk, depth, width = x.sizes
+    size = batch, heads, lq
+    out, lse = np.empty((*size, width), np.float32), np.empty(size, np.float32)
+    redo, counter = np.empty(size, np.bool_), np.zeros(2, np.int64)
     results = Results(out.reshape(-1), lse.reshape(-1), redo.reshape(-1))
     shape = shape_for(heads // groups, lq, storage)
     tasks = batch * groups * tiles_of(heads // groups, lq, shape.rows)
@@ -87,7 +98,7 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
     sizes = shape.rows, depth, width, shape.storage
     known = norms(x, shape.width, shape.storage)
     together(kernel(shape), lambda: (x, known, results, scratch(*sizes), counter), tasks, work)
-    return out, lse, redo
+    return out, lse, redo, not counter[1]
 
 
 def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:
