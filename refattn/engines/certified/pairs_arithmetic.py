@@ -1,11 +1,11 @@
 """Sums, products, quotients and roots of pairs of doubles, each with a radius that is measured and not assumed.
 
-A `Triple` (h, l, e) of arrays stands for a number within e of h + l, where h is the double nearest to h + l. Every
-operation is made of error-free transformations; what it has to drop it adds to e, and a quotient or a root is put to
-the test: multiplied back and compared. So no theorem on the accuracy of an algorithm is needed, and a result that
+A `Triple` (h, low, e) of arrays stands for a number within e of h + low, where h is the double nearest to this sum.
+Every operation is made of error-free transformations; what it has to drop it adds to e, and a quotient or a root is put
+to the test: multiplied back and compared. So no theorem on the accuracy of an algorithm is needed, and a result that
 happens to be exact has e = 0. docs/certification.md has the rules.
 
-An entry of which nothing is known has e = ∞ and h = l = 0. Exact infinities and NaN have h so, and l = e = 0.
+An entry of which nothing is known has e = ∞ and h = low = 0. Exact infinities and NaN have h so, and low = e = 0.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.certified.errorfree import two_product, two_sum
+from refattn.engines.certified import twofold
 
 Floats = NDArray[np.float64]
+
+# The text that Numba compiles elsewhere: on arrays NumPy runs it as it stands.
+two_sum, two_product = twofold.two_sum.py_func, twofold.two_prod.py_func
 
 # Radii are sums of nonnegative terms, a few roundings deep (2^24 in the longest sum): this covers them.
 SLACK = 1 + 2.0**-26
@@ -28,10 +31,10 @@ SMALL, FLOOR = 2.0**-900, 2.0**-940
 
 
 class Triple(NamedTuple):
-    """Centre h + l and radius e, three arrays of one shape."""
+    """Centre h + low and radius e, three arrays of one shape."""
 
     h: Floats
-    l: Floats  # noqa: E741
+    low: Floats
     e: Floats
 
 
@@ -43,18 +46,18 @@ def exact(h: Any) -> Triple:
 
 def negative(a: Triple) -> Triple:
     """−a, exactly."""
-    return Triple(-a.h, -a.l, a.e)
+    return Triple(-a.h, -a.low, a.e)
 
 
 def add(a: Triple, b: Triple) -> Triple:
     """Six error-free sums; the two rests that find no place are the error."""
     s, r = two_sum(a.h, b.h)
-    t, low = two_sum(a.l, b.l)
+    t, spare = two_sum(a.low, b.low)
     c, lost = two_sum(r, t)
     h, v = two_sum(s, c)
-    w, lost_too = two_sum(v, low)
-    h, l = two_sum(h, w)  # noqa: E741
-    return Triple(h, l, (np.abs(lost) + np.abs(lost_too) + a.e + b.e) * SLACK)
+    w, lost_too = two_sum(v, spare)
+    h, low = two_sum(h, w)
+    return Triple(h, low, (np.abs(lost) + np.abs(lost_too) + a.e + b.e) * SLACK)
 
 
 def mul(a: Triple, b: Triple) -> Triple:
@@ -62,48 +65,48 @@ def mul(a: Triple, b: Triple) -> Triple:
     p, r = two_product(a.h, b.h)
     small = np.abs(p) < SMALL
     r = np.where(small, 0.0, r)
-    c, d = a.h * b.l, a.l * b.h
+    c, d = a.h * b.low, a.low * b.h
     y, lost = two_sum(r, c + d)
-    h, l = two_sum(p, y)  # noqa: E741
+    h, low = two_sum(p, y)
     most_a, most_b = np.abs(a.h) + a.e, np.abs(b.h) + b.e
     e = np.abs(lost) + CROSS * (np.abs(c) + np.abs(d)) + most_a * b.e + a.e * most_b
-    vague = small | (np.abs(a.l) + np.abs(b.l) + a.e + b.e > 0)
+    vague = small | (np.abs(a.low) + np.abs(b.low) + a.e + b.e > 0)
     zero = ((most_a == 0) & (most_b < np.inf)) | ((most_b == 0) & (most_a < np.inf))
-    return Triple(h, l, np.where(zero, 0.0, e * SLACK + np.where(vague, FLOOR, 0.0)))
+    return Triple(h, low, np.where(zero, 0.0, e * SLACK + np.where(vague, FLOOR, 0.0)))
 
 
 def _rest(a: Triple, b: Triple) -> Floats:
     """From above: |a − b| of two centres, and what is not known of it."""
     found = add(a, negative(b))
-    return (np.abs(found.h) + np.abs(found.l) + found.e) * SLACK
+    return (np.abs(found.h) + np.abs(found.low) + found.e) * SLACK
 
 
 def div(a: Triple, b: Triple) -> Triple:
     """Q and one correction; then |a/b − q| ≤ (|a − q b| + e_a + |q| e_b) / (|b| − e_b), with a − q b as found."""
     q = a.h / b.h
     p, r = two_product(q, b.h)
-    h, l = two_sum(q, (((a.h - p) - r) + (a.l - q * b.l)) / b.h)  # noqa: E741
+    h, low = two_sum(q, (((a.h - p) - r) + (a.low - q * b.low)) / b.h)
     zeros = np.zeros_like(h)
-    rest = _rest(Triple(a.h, a.l, zeros), mul(Triple(h, l, zeros), Triple(b.h, b.l, zeros)))
+    rest = _rest(Triple(a.h, a.low, zeros), mul(Triple(h, low, zeros), Triple(b.h, b.low, zeros)))
     least = np.abs(b.h) * (1 - 2.0**-50) - b.e
     stray = (rest + a.e + np.abs(h) * b.e) * SLACK
     e = stray / np.maximum(least, 0.0) * SLACK + np.where(rest + a.e + b.e > 0, FLOOR, 0.0)
     e = np.where(least > 0, e, np.inf)
-    return Triple(h, l, np.where((a.h == 0) & (a.e == 0) & (least > 0), 0.0, e))
+    return Triple(h, low, np.where((a.h == 0) & (a.e == 0) & (least > 0), 0.0, e))
 
 
 def sqrt(x: Triple) -> Triple:
     """Y and one correction; then |√x − y| ≤ (|x − y²| + e_x) / y, with x − y² as found; √0 = 0 exactly."""
     y = np.sqrt(x.h)
     p, r = two_product(y, y)
-    h, l = two_sum(y, (((x.h - p) - r) + x.l) / (2 * y))  # noqa: E741
+    h, low = two_sum(y, (((x.h - p) - r) + x.low) / (2 * y))
     zeros = np.zeros_like(h)
-    own = Triple(h, l, zeros)
-    rest = _rest(Triple(x.h, x.l, zeros), mul(own, own))
+    own = Triple(h, low, zeros)
+    rest = _rest(Triple(x.h, x.low, zeros), mul(own, own))
     e = (rest + x.e) / (h * (1 - 2.0**-50)) * SLACK + np.where(rest + x.e > 0, FLOOR, 0.0)
     e = np.where(x.h * (1 - 2.0**-50) - x.e > 0, e, np.inf)
     zero = (x.h == 0) & (x.e == 0)
-    return Triple(*(np.where(zero, 0.0, part) for part in (h, l, e)))
+    return Triple(*(np.where(zero, 0.0, part) for part in (h, low, e)))
 
 
 def total(x: Triple) -> Triple:

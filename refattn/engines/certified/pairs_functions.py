@@ -1,6 +1,6 @@
 r"""Exponential, logarithm and hyperbolic tangent of pairs, in the measured arithmetic of `pairs_arithmetic`.
 
-    x = (64 m + j) (ln 2 / 64) + r,  |r| < 0.0055;   e^x = 2^m 2^(j/64) (1 + E),   E = e^r − 1 by Taylor's series to r^11
+    x = (64 m + j) (ln 2 / 64) + r,  |r| < 0.0055,   e^x = 2^m 2^(j/64) (1 + E),   E = Σ_{k=1}^{11} r^k / k!
 
 The roundings measure themselves; what is left to prove, and is in docs/certification.md, are the end of the series and
 that of the double tail that stands for r^7 and beyond. The constants are made here from integers.
@@ -44,9 +44,9 @@ class Constants(NamedTuple):
 def rational(q: Fraction, stray: Fraction = Fraction(0)) -> Triple:
     """The pair nearest to a rational that itself may be off by `stray`."""
     h = _double(q)
-    l = _double(q - Fraction(h))  # noqa: E741
-    rest = abs(q - Fraction(h) - Fraction(l)) + stray
-    return Triple(np.float64(h), np.float64(l), np.float64(_double(rest) * SLACK + 2.0**-1070 if rest else 0.0))
+    low = _double(q - Fraction(h))
+    rest = abs(q - Fraction(h) - Fraction(low)) + stray
+    return Triple(np.float64(h), np.float64(low), np.float64(_double(rest) * SLACK + 2.0**-1070 if rest else 0.0))
 
 
 def _double(q: Fraction) -> float:
@@ -95,11 +95,11 @@ def _reduced(x: Triple) -> tuple[Floats, Triple]:
     found = mul(series, r)
     sure = (np.abs(r.h) < _REACH) & (r.e < 2.0**-90)
     # Relative, for the sake of small arguments: r^12 / 12! is |r| times less than this, and E is r (1 + …).
-    return n, Triple(found.h, found.l, np.where(sure, found.e + _SERIES * np.abs(r.h), np.inf))
+    return n, Triple(found.h, found.low, np.where(sure, found.e + _SERIES * np.abs(r.h), np.inf))
 
 
 def _centre(x: Triple) -> Triple:
-    return Triple(x.h, x.l, np.zeros_like(x.h))
+    return Triple(x.h, x.low, np.zeros_like(x.h))
 
 
 def _spread(y: Triple, e: Floats) -> Floats:
@@ -112,16 +112,16 @@ def _exp(n: Floats, small: Triple) -> Triple:
     powers = Triple(*(part[n.astype(np.int64) % 64] for part in constants().powers))
     y = add(powers, mul(powers, small))
     m = np.floor(n / 64).astype(np.int64)
-    return Triple(*(np.ldexp(part, m) for part in (y.h, y.l, y.e * SLACK)))
+    return Triple(*(np.ldexp(part, m) for part in (y.h, y.low, y.e * SLACK)))
 
 
 def exp(x: Triple) -> Triple:
     """e^x; e^0 = 1 exactly; below −620 all that is said is 0 ≤ e^x < 2^-894."""
     n, small = _reduced(_centre(x))
     y = _exp(n, small)
-    y = Triple(y.h, y.l, _spread(Triple(y.h, y.l, y.e + FLOOR), x.e))
+    y = Triple(y.h, y.low, _spread(Triple(y.h, y.low, y.e + FLOOR), x.e))
     y = Triple(*(np.where(x.h < LEAST, other, part) for part, other in zip(y, (0.0, 0.0, np.inf), strict=True)))
-    y = Triple(y.h, y.l, np.where(x.h + x.e < LEAST - 1, BELOW, y.e))
+    y = Triple(y.h, y.low, np.where(x.h + x.e < LEAST - 1, BELOW, y.e))
     one = (x.h == 0) & (x.e == 0)
     return Triple(*(np.where(one, other, part) for part, other in zip(y, (1.0, 0.0, 0.0), strict=True)))
 
@@ -134,19 +134,19 @@ def expm1(x: Triple) -> Triple:
     found = Triple(*(np.where(n == 0, a, b) for a, b in zip(small, less, strict=True)))
     e = np.where(x.e > 0, found.e + _spread(y, x.e), found.e) * SLACK
     e = np.where(np.abs(x.h) <= 600.0, e, np.inf)
-    return Triple(found.h, found.l, np.where((x.h == 0) & (x.e == 0), 0.0, e))
+    return Triple(found.h, found.low, np.where((x.h == 0) & (x.e == 0), 0.0, e))
 
 
 def tanh(x: Triple) -> Triple:
     """E / (E + 2) with E = e^2x − 1; the slope is at most 1; beyond 300, 1 within 2^-860."""
     far = np.abs(x.h) > 300.0
     near = np.where(far, 0.0, 1.0)
-    twice = expm1(Triple(2 * x.h * near, 2 * x.l * near, np.zeros_like(x.h)))
+    twice = expm1(Triple(2 * x.h * near, 2 * x.low * near, np.zeros_like(x.h)))
     y = div(twice, add(twice, exact(np.full_like(x.h, 2.0))))
     y = Triple(*(np.where(far, other, part) for part, other in zip(y, (np.sign(x.h), 0.0, 2.0**-860), strict=True)))
     # Two values of tanh are never 2 apart.
     e = (y.e + np.minimum(x.e, 2.0)) * SLACK
-    return Triple(y.h, y.l, e)
+    return Triple(y.h, y.low, e)
 
 
 def log(x: Triple) -> Triple:
@@ -157,11 +157,11 @@ def log(x: Triple) -> Triple:
     c = constants()
     with np.errstate(divide="ignore"):
         f, k = np.frexp(x.h)
-        low = f < 0.75
-        f, k = np.where(low, 2 * f, f), k - low
-    l = np.ldexp(x.l, -k)  # noqa: E741
+        under = f < 0.75
+        f, k = np.where(under, 2 * f, f), k - under
+    low = np.ldexp(x.low, -k)
     y = np.nan_to_num(log64(f))
-    t = add(mul(Triple(f, l, np.where(x.l == 0, 0.0, 2.0**-1074)), exp(exact(-y))), exact(np.full_like(y, -1.0)))
+    t = add(mul(Triple(f, low, np.where(x.low == 0, 0.0, 2.0**-1074)), exp(exact(-y))), exact(np.full_like(y, -1.0)))
     square = t.h * t.h
     second = Triple(-square / 2, np.zeros_like(y), square * 2.0**-50 + np.abs(square * t.h))
     own = add(add(t, second), exact(y))
@@ -169,7 +169,5 @@ def log(x: Triple) -> Triple:
     least = x.h * (1 - 2.0**-50) - x.e
     e = own.e + np.where(x.e > 0, x.e / np.maximum(least, 0.0) * SLACK + FLOOR, 0.0)
     e = np.where((least > 0) & (np.abs(t.h) < 2.0**-40) & (t.e < 2.0**-60), e * SLACK, np.inf)
-    e = np.where((x.h == 1) & (x.l == 0) & (x.e == 0), 0.0, e)
-    return Triple(own.h, own.l, e)
-
-
+    e = np.where((x.h == 1) & (x.low == 0) & (x.e == 0), 0.0, e)
+    return Triple(own.h, own.low, e)
