@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ from refattn.space import Bools, Integers, Value, contraction
 
 # Arrays of so many entries stay in the cache for the eighty passes of a product.
 _CHUNK = 1 << 13
+# Entries from which on compiling pays, and what is compiled.
+_LARGE = 1 << 18
+_COMPILED = {"add", "mul", "div", "exp"}
 
 
 class Pairs(Value):
@@ -257,16 +261,11 @@ class PairSpace:
         c = contraction(letters, a.shape, b.shape)
         left = Triple(*(part.transpose(c.a_axes).reshape(c.a_shape) for part in a.at))
         right = Triple(*(part.transpose(c.b_axes).reshape(c.b_shape) for part in b.at))
-        bad = ~np.isfinite(left.h), ~np.isfinite(right.h)
-        clean = [Triple(*(np.where(x, 0.0, part) for part in y)) for x, y in zip(bad, (left, right), strict=True)]
         with np.errstate(all="ignore"):
-            found = matmul(*clean)
-        touched = np.zeros(found.h.shape, bool)
-        nan = touched
-        if bad[0].any() or bad[1].any():
-            touched = _any(bad[0], np.ones(right.h.shape)) | _any(np.ones(left.h.shape), bad[1])
-            nan = _any(np.isnan(left.h), np.ones(right.h.shape)) | _any(np.ones(left.h.shape), np.isnan(right.h))
-        found = _settled(found, ~touched, np.where(nan, np.nan, 0.0), nan)
+            if np.isfinite(left.h).all() and np.isfinite(right.h).all():
+                found = _settled(matmul(left, right), True)
+            else:
+                found = _spoiled_product(left, right)
         return Pairs(Triple(*(part.reshape(c.shape).transpose(c.axes) for part in found)))
 
     def finite(self, x: Pairs) -> Bools:
@@ -336,17 +335,26 @@ def _most_below(x: Triple) -> Floats:
     return np.abs(x.h) * (1 - 2.0**-50)
 
 
+def _spoiled_product(a: Triple, b: Triple) -> Triple:
+    """A product where a factor is no number: NaN makes NaN, an infinity leaves open what it makes."""
+    clean = (Triple(*(np.where(np.isfinite(x.h), part, 0.0) for part in x)) for x in (a, b))
+    whole = [np.ones(x.h.shape) for x in (a, b)]
+    proper = ~(_any(~np.isfinite(a.h), whole[1]) | _any(whole[0], ~np.isfinite(b.h)))
+    nan = _any(np.isnan(a.h), whole[1]) | _any(whole[0], np.isnan(b.h))
+    return _settled(matmul(*clean), proper, np.nan, nan)
+
+
 def _any(a: Any, b: Any) -> Bools:
     found: Bools = np.asarray(a, np.float64) @ np.asarray(b, np.float64) > 0
     return found
 
 
-def _settled(found: Triple, proper: Bools, special: Any = 0.0, known: Any = False) -> Triple:
+def _settled(found: Triple, proper: Any, special: Any = 0.0, known: Any = False) -> Triple:
     """What has lost its bound says so, and entries that are not `proper` are `special` where that is `known`."""
-    fine = np.isfinite(found.h) & np.isfinite(found.low) & np.isfinite(found.e) & proper
+    fine = np.isfinite(found.h + found.low + found.e) & proper
     if fine.all():
         return found
-    exact = ~proper & known
+    exact = np.logical_not(proper) & known
     h = np.where(fine, found.h, np.where(exact, special, 0.0))
     return Triple(h, np.where(fine, found.low, 0.0), np.where(fine, found.e, np.where(exact, 0.0, np.inf)))
 
@@ -354,12 +362,16 @@ def _settled(found: Triple, proper: Bools, special: Any = 0.0, known: Any = Fals
 def _elementwise(rule: Callable[..., Triple], plain: Any, *operands: Pairs) -> Pairs:
     """A rule on finite entries; where one is infinite or NaN, IEEE's answer, if the radii leave that open to none."""
     parts = _broadcast(*operands)
-    shape = parts[0].h.shape
+    shape, chunk = parts[0].h.shape, _CHUNK
     flat = [Triple(*(np.reshape(part, -1) for part in x)) for x in parts]
+    if flat[0].h.size >= _LARGE and rule.__name__ in _COMPILED:
+        from refattn.engines.certified import pairs_kernels
+
+        rule, chunk = partial(pairs_kernels.elementwise, rule.__name__), flat[0].h.size
     out = Triple(*(np.empty(flat[0].h.size) for _ in range(3)))
     with np.errstate(all="ignore"):
-        for start in range(0, out.h.size, _CHUNK):
-            at = slice(start, start + _CHUNK)
+        for start in range(0, out.h.size, chunk):
+            at = slice(start, start + chunk)
             here = [Triple(*(part[at] for part in x)) for x in flat]
             found = rule(*here)
             proper = np.logical_and.reduce([np.isfinite(x.h) for x in here])
