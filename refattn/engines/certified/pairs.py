@@ -27,7 +27,7 @@ from refattn.space import Bools, Integers, Value, contraction
 # Arrays of so many entries stay in the cache for the eighty passes of a product.
 _CHUNK = 1 << 13
 # Entries from which on compiling pays, and what is compiled.
-_LARGE = 1 << 18
+_LARGE = 1 << 12
 _COMPILED = {"add", "mul", "div", "exp"}
 
 

@@ -6,16 +6,19 @@ time.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
+from refattn.engines.certified import pairs_arithmetic, twofold
 from refattn.engines.certified import pairs_functions as functions
-from refattn.engines.certified import twofold
-from refattn.engines.certified.pairs_arithmetic import FLOOR, SLACK, Rules, Triple, accumulation, rules
+from refattn.engines.certified.pairs_arithmetic import FLOOR, SLACK, Triple, accumulation, rules
 
 # From here on twofold's exponential says nothing.
 _REACH = twofold.EXP_REACH - 1
@@ -26,10 +29,9 @@ def _where(condition: Any, a: Any, b: Any) -> Any:
     return a if condition else b
 
 
-@cache
-def compiled() -> Rules:
-    """The rules for Numba."""
-    return rules(twofold.jit, _where)
+_RULES = rules(twofold.jit, _where)
+_add, _mul, _div = _RULES.add, _RULES.mul, _RULES.div
+_accumulated = twofold.jit(accumulation(_RULES.two_sum, _RULES.two_product))
 
 
 @twofold.jit
@@ -43,56 +45,58 @@ def _exp(x: Any) -> Any:
     return Triple(_where(one, 1.0, h), _where(one, 0.0, low), _where(one, 0.0, e))
 
 
-@cache
-def _of_one(name: str) -> Callable[..., None]:
-    rule = _exp if name == "exp" else getattr(compiled(), name)
+def _kept(function: Callable[..., None]) -> Any:
+    """Compiled at the first call, and kept on disk where a folder for it can be written."""
+    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+    with suppress(RuntimeError):  # there is none
+        dispatcher.enable_caching()
+    return dispatcher
 
-    @numba.njit(nogil=True, error_model="numpy")
-    def run(a, to):  # type: ignore[no-untyped-def]
-        (ah, al, ae), (h, low, e) = a, to
+
+class Kernels(NamedTuple):
+    """Loops over flat arrays, and the product of matrices."""
+
+    add: Any
+    mul: Any
+    div: Any
+    exp: Any
+    product: Any
+
+
+def _kernels(stamp: int) -> Kernels:
+    """The kernels close over the stamp: it is part of the key under which Numba keeps them, and the rules are not."""
+
+    @_kept
+    def add(a, b, to):  # type: ignore[no-untyped-def]
+        (ah, al, ae), (bh, bl, be), (h, low, e), _ = a, b, to, stamp
         for i in range(h.shape[0]):
-            found = rule(Triple(ah[i], al[i], ae[i]))
+            found = _add(Triple(ah[i], al[i], ae[i]), Triple(bh[i], bl[i], be[i]))
             h[i], low[i], e[i] = found.h, found.low, found.e
 
-    return run
-
-
-@cache
-def _of_two(name: str) -> Callable[..., None]:
-    rule = getattr(compiled(), name)
-
-    @numba.njit(nogil=True, error_model="numpy")
-    def run(a, b, to):  # type: ignore[no-untyped-def]
-        (ah, al, ae), (bh, bl, be), (h, low, e) = a, b, to
+    @_kept
+    def mul(a, b, to):  # type: ignore[no-untyped-def]
+        (ah, al, ae), (bh, bl, be), (h, low, e), _ = a, b, to, stamp
         for i in range(h.shape[0]):
-            found = rule(Triple(ah[i], al[i], ae[i]), Triple(bh[i], bl[i], be[i]))
+            found = _mul(Triple(ah[i], al[i], ae[i]), Triple(bh[i], bl[i], be[i]))
             h[i], low[i], e[i] = found.h, found.low, found.e
 
-    return run
+    @_kept
+    def div(a, b, to):  # type: ignore[no-untyped-def]
+        (ah, al, ae), (bh, bl, be), (h, low, e), _ = a, b, to, stamp
+        for i in range(h.shape[0]):
+            found = _div(Triple(ah[i], al[i], ae[i]), Triple(bh[i], bl[i], be[i]))
+            h[i], low[i], e[i] = found.h, found.low, found.e
 
+    @_kept
+    def exp(a, to):  # type: ignore[no-untyped-def]
+        (ah, al, ae), (h, low, e), _ = a, to, stamp
+        for i in range(h.shape[0]):
+            found = _exp(Triple(ah[i], al[i], ae[i]))
+            h[i], low[i], e[i] = found.h, found.low, found.e
 
-def elementwise(name: str, *operands: Triple) -> Triple:
-    """An operation on flat arrays."""
-    found = Triple(*(np.empty(operands[0].h.shape) for _ in range(3)))
-    given = [tuple(np.ascontiguousarray(part) for part in x) for x in operands]
-    (_of_one if len(operands) == 1 else _of_two)(name)(*given, tuple(found))
-    if name == "exp":
-        far = ~(np.abs(operands[0].h) < _REACH)
-        if far.any():
-            with np.errstate(all="ignore"):
-                beyond = functions.exp(Triple(*(part[far] for part in operands[0])))
-            for part, other in zip(found, beyond, strict=True):
-                part[far] = other
-    return found
-
-
-@cache
-def _product() -> Callable[..., None]:
-    accumulated = twofold.jit(accumulation(compiled().two_sum, compiled().two_product))
-
-    @numba.njit(nogil=True, error_model="numpy")
+    @_kept
     def product(a, b, found):  # type: ignore[no-untyped-def]
-        (ah, al, ae), (bh, bl, be), (h, low, e) = a, b, found
+        (ah, al, ae), (bh, bl, be), (h, low, e), _ = a, b, found, stamp
         for n in range(ah.shape[0]):
             for i in range(ah.shape[1]):
                 # Views of one row each: only then does the compiler see that they may be computed side by side.
@@ -103,16 +107,38 @@ def _product() -> Callable[..., None]:
                         continue
                     of_h, of_low, of_e = bh[n, k], bl[n, k], be[n, k]
                     for j in range(of_h.shape[0]):
-                        to_h[j], to_low[j], to_e[j] = accumulated(
+                        to_h[j], to_low[j], to_e[j] = _accumulated(
                             to_h[j], to_low[j], to_e[j], x, y, z, of_h[j], of_low[j], of_e[j]
                         )
 
-    return product
+    return Kernels(add, mul, div, exp, product)
+
+
+@cache
+def kernels() -> Kernels:
+    """Kept for this text of the rules and no other."""
+    texts = (Path(str(module.__file__)).read_bytes() for module in (twofold, pairs_arithmetic))
+    return _kernels(zlib.crc32(b"".join(texts)))
+
+
+def elementwise(name: str, *operands: Triple) -> Triple:
+    """An operation on flat arrays."""
+    found = Triple(*(np.empty(operands[0].h.shape) for _ in range(3)))
+    given = [tuple(np.ascontiguousarray(part) for part in x) for x in operands]
+    getattr(kernels(), name)(*given, tuple(found))
+    if name == "exp":
+        far = ~(np.abs(operands[0].h) < _REACH)
+        if far.any():
+            with np.errstate(all="ignore"):
+                beyond = functions.exp(Triple(*(part[far] for part in operands[0])))
+            for part, other in zip(found, beyond, strict=True):
+                part[far] = other
+    return found
 
 
 def product(a: Triple, b: Triple) -> Triple:
     """(n, m, k) @ (n, k, p) as `accumulation` adds it up, not yet settled."""
     found = Triple(*(np.zeros((*a.h.shape[:2], b.h.shape[2])) for _ in range(3)))
     given = [tuple(np.ascontiguousarray(part) for part in x) for x in (a, b)]
-    _product()(*given, tuple(found))
+    kernels().product(*given, tuple(found))
     return found

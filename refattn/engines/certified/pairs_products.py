@@ -20,7 +20,7 @@ from refattn.engines.certified.pairs_arithmetic import (
 )
 
 # Multiplications from which on compiling pays.
-_LARGE = 1 << 23
+_LARGE = 1 << 16
 # A product of two numbers of which the least are above this is a normal number.
 _NORMAL = 2.0**-1000
 
