@@ -1,7 +1,8 @@
 """The certified engine: every element the correctly rounded value, proved, or its status says that it is not.
 
-The reference's own text runs on balls with rising precision until each element's rounding is decided; then a second
-evaluation in another arithmetic, float64 with a running error bound, must agree with every value.
+The reference's own text runs on pairs of doubles with radii, where the problem is large, and on balls with rising
+precision, until each element's rounding is decided; then a second evaluation in another arithmetic, float64 with a
+running error bound, must agree with every value.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from flint import ctx
 from numpy.typing import NDArray
 
 from refattn.bound import Bounded, BoundSpace
+from refattn.engines.certified import arithmetic
 from refattn.engines.certified.balls import BALLS, Balls
+from refattn.engines.certified.enclosure import Enclosing
+from refattn.engines.certified.escalation import Question, question
 from refattn.engines.certified.rounding import (
     ENCLOSED,
     EXACT,
@@ -23,7 +27,6 @@ from refattn.engines.certified.rounding import (
     ROUNDED,
     STATUS,
     Rounded,
-    better,
     round_enclosed,
 )
 from refattn.errors import RefattnError, Undecided
@@ -35,6 +38,8 @@ __all__ = ["BITS", "ENCLOSED", "EXACT", "PROPAGATED", "ROUNDED", "STATUS", "Cert
 
 name = "certified"
 BITS = (128, 512, 4096)
+# Operations from which on pairs of doubles take less time than balls.
+PAIRS_FROM = 10**6
 
 
 @dataclass(frozen=True)
@@ -67,21 +72,34 @@ def certify(
     RefattnError
         If the float64 bound refutes a certified value: a defect in one of the two arithmetics, never an answer.
     """
-    decided: dict[str, Rounded] = {}
+    arithmetic.check()
+    whole = Question(problem, cotangents or {}, tuple(wrt))
+    wide = problem.dtype == np.float64
+    decided = {name: round_enclosed(found, wide) for name, found in _in_pairs(whole).items()}
     for precision in bits:
+        asked = question(whole, decided)
+        if asked is None:
+            break
         try:
-            found = _on_balls(problem, cotangents or {}, wrt, precision)
+            found = _on_balls(asked.problem, asked.cotangents, asked.wrt, precision)
         except Undecided:
             continue
-        for name, balls in found.items():
-            decided[name] = better(decided.get(name), round_enclosed(balls, problem.dtype == np.float64))
-        if not any((part.status == ENCLOSED).any() for part in decided.values()):
-            break
+        decided = asked.merged(decided, {name: round_enclosed(balls, wide) for name, balls in found.items()})
     if not decided:
         raise Undecided(f"a decision in {problem.spec.variant} stays open at {bits[-1]} bits")
     checks = _in_float64(problem, cotangents or {}, wrt)
     clean = all(np.isfinite(a.astype(np.float64)).all() for a in problem.real_inputs().values())
     return {name: _checked(name, part, checks[name], clean) for name, part in decided.items()}
+
+
+def _in_pairs(whole: Question) -> Mapping[str, Enclosing]:
+    """What pairs of doubles enclose, where the problem is so large that they save time; else, or undecided, nothing."""
+    module, problem = whole.problem.variant, whole.problem
+    if not hasattr(module, "operations") or module.operations(problem.spec, problem.sizes)[0] < PAIRS_FROM:
+        return {}
+    from refattn.engines.certified import pairs
+
+    return pairs.enclose(problem, whole.cotangents, whole.wrt) or {}
 
 
 def _in_float64(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str]) -> Mapping[str, Any]:
