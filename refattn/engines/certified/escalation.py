@@ -33,8 +33,9 @@ class Question:
                 merged[name] = better(old, new)
             elif axis is not None:
                 at = (slice(None),) * axis + (list(self.rows),)
-                settled = better(Rounded(*(part[at] for part in old)), new)
-                merged[name] = Rounded(*(_replaced(a, at, b) for a, b in zip(old, settled, strict=True)))
+                parts: Any = (part[at] for part in old)
+                settled: Any = zip(old, better(Rounded(*parts), new), strict=True)
+                merged[name] = Rounded(*(_replaced(a, at, b) for a, b in settled))
         return merged
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn.engines.certified import pairs_arithmetic as arithmetic
+from refattn.engines.certified import pairs_choices as choices
 from refattn.engines.certified import pairs_functions as functions
 from refattn.engines.certified.enclosure import Enclosure
 from refattn.engines.certified.pairs_arithmetic import Floats, Triple
@@ -47,7 +48,8 @@ class Pairs(Value):
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """Shape of the array."""
-        return self.at.h.shape
+        shape: tuple[int, ...] = self.at.h.shape
+        return shape
 
     def enclosure(self) -> Enclosure:
         """What `rounding` decides from."""
@@ -140,78 +142,29 @@ class PairSpace:
         return _by_balls("solve", a, b, least)
 
     def maximum(self, a: Pairs, b: Pairs) -> Pairs:
-        """The larger moves no further than either."""
-        both = _broadcast(a, b)
-        return self._chosen(_above(*both), *both)
+        """The larger, decided or not."""
+        return Pairs(choices.larger(*_broadcast(a, b)))
 
     def minimum(self, a: Pairs, b: Pairs) -> Pairs:
-        """As the larger."""
-        both = _broadcast(a, b)
-        return self._chosen(~_above(*both), *both)
-
-    def _chosen(self, first: Bools, a: Triple, b: Triple) -> Pairs:
-        nan = np.isnan(a.h) | np.isnan(b.h)
-        h, low = np.where(first, a.h, b.h), np.where(first, a.low, b.low)
-        return Pairs(_settled(Triple(np.where(nan, np.nan, h), np.where(nan, 0.0, low), np.maximum(a.e, b.e)), ~nan))
+        """The smaller likewise."""
+        first, second = (arithmetic.negative(x) for x in _broadcast(a, b))
+        return Pairs(arithmetic.negative(choices.larger(first, second)))
 
     def step(self, x: Pairs, at_zero: float) -> Pairs:
         """All of [0, 1] where the interval holds 0 and more."""
-        sure = (_most_below(x.at) > x.at.e) | (x.at.e == 0)
-        value = np.where(sure, np.heaviside(x.at.h, at_zero), 0.5)
-        return Pairs(Triple(value, np.zeros_like(value), np.where(sure | np.isnan(value), 0.0, 0.5)))
+        return Pairs(choices.step(x.at, at_zero))
 
     def peak(self, x: Pairs, live: Bools) -> Pairs:
         """All of [0, 1] for entries that may be the largest where none surely is."""
-        if not x.shape[-1]:
-            return x
-        best, may = self._largest(x, live)
-        sure = np.sum(may, -1, keepdims=True) < 2
-        first = (np.arange(x.shape[-1]) == best) & live
-        value = np.where(sure, first * 1.0, np.where(may, 0.5, 0.0))
-        return Pairs(Triple(value, np.zeros_like(value), np.where(sure | ~may, 0.0, 0.5)))
+        return Pairs(choices.peak(x.at, live)) if x.shape[-1] else x
 
     def amax(self, x: Pairs, live: Bools) -> Pairs:
-        """The largest centre; the true one is no further off than any that may be it."""
-        if not x.shape[-1]:
-            return self.real(np.zeros(x.shape[:-1]))
-        best, may = self._largest(x, live)
-        none = ~np.any(live, -1)
-        h, low = (np.where(none, 0.0, np.take_along_axis(part, best, -1)[..., 0]) for part in x.at[:2])
-        e = np.max(np.where(may, x.at.e, 0.0), -1)
-        nan = np.any(live & np.isnan(x.at.h), -1)
-        return Pairs(Triple(np.where(nan, np.nan, h), np.where(nan, 0.0, low), np.where(nan, 0.0, e)))
-
-    def _largest(self, x: Pairs, live: Bools) -> tuple[Integers, Bools]:
-        """Index of the first largest centre (kept axis), and the entries that may be the first of the largest."""
-        h, low, e = (np.where(live, part, fill) for part, fill in zip(x.at, (-np.inf, 0.0, 0.0), strict=True))
-        best = np.lexsort((np.broadcast_to(np.arange(h.shape[-1]), h.shape), -low, -h), -1)[..., :1]
-        top = Triple(*(np.take_along_axis(part, best, -1) for part in (h, low, e)))
-        with np.errstate(invalid="ignore"):
-            behind = arithmetic.add(Triple(*(np.broadcast_to(part, h.shape) for part in top)), Triple(-h, -low, e))
-        beaten = _most_below(behind) > behind.e
-        tied = (behind.h == 0) & (behind.e == 0) & (np.arange(h.shape[-1]) > best)
-        may: Bools = live & ~beaten & ~tied
-        return best, may
+        """The largest of the live."""
+        return Pairs(choices.amax(x.at, live)) if x.shape[-1] else self.real(np.zeros(x.shape[:-1]))
 
     def top_k(self, x: Pairs, k: int) -> Integers:
-        """The order of the centres, where the radii leave no doubt of the first k.
-
-        Raises
-        ------
-        Undecided
-            They do.
-        """
-        h, low, _ = x.at
-        order = np.lexsort((np.broadcast_to(np.arange(h.shape[-1]), h.shape), -low, -h), -1).astype(np.int64)
-        k = min(k, x.shape[-1])
-        a = Triple(*(np.take_along_axis(part, order, -1) for part in x.at))
-        for n in range(k):
-            here = Triple(*(np.broadcast_to(part[..., n : n + 1], part[..., n + 1 :].shape) for part in a))
-            with np.errstate(invalid="ignore"):
-                gap = arithmetic.add(here, arithmetic.negative(Triple(*(part[..., n + 1 :] for part in a))))
-            if not ((_most_below(gap) > gap.e) | ((gap.h == 0) & (gap.e == 0))).all():
-                raise Undecided("two entries too close to tell in pairs which is larger")
-        return order[..., :k]
+        """The order of the centres, where the radii leave no doubt of the first k."""
+        return choices.top_k(x.at, k)
 
     def reshape(self, x: Pairs, shape: tuple[int, ...]) -> Pairs:
         """Another shape."""
@@ -278,11 +231,13 @@ class PairSpace:
         """
         if np.isinf(x.at.e).any():
             raise Undecided("a pair without a bound: balls will tell whether it is a number")
-        return np.isfinite(x.at.h)
+        found: Bools = np.isfinite(x.at.h)
+        return found
 
     def minus_infinite(self, x: Pairs) -> Bools:
         """Which are exactly −∞."""
-        return np.isneginf(x.at.h)
+        found: Bools = np.isneginf(x.at.h)
+        return found
 
     def row_max(self, x: Pairs, live: Bools) -> Pairs:
         """Centre of a largest entry; any choice is sound, for the shift cancels."""
@@ -324,15 +279,6 @@ def _each_part(change: Callable[[Floats], Floats], x: Pairs) -> Pairs:
 def _broadcast(*operands: Pairs) -> list[Triple]:
     shape = np.broadcast_shapes(*(x.shape for x in operands))
     return [Triple(*(np.broadcast_to(part, shape) for part in x.at)) for x in operands]
-
-
-def _above(a: Triple, b: Triple) -> Bools:
-    return (a.h > b.h) | ((a.h == b.h) & (a.low >= b.low))
-
-
-def _most_below(x: Triple) -> Floats:
-    """|h + low| from below, of numbers that are not infinite."""
-    return np.abs(x.h) * (1 - 2.0**-50)
 
 
 def _spoiled_product(a: Triple, b: Triple) -> Triple:
@@ -377,8 +323,9 @@ def _elementwise(rule: Callable[..., Triple], plain: Any, *operands: Pairs) -> P
             proper = np.logical_and.reduce([np.isfinite(x.h) for x in here])
             if not (proper.all() and np.isfinite(found.h + found.low + found.e).all()):
                 special = plain(*(x.h for x in here))
-                known = np.logical_or.reduce([np.isnan(x.h) for x in here])
-                known |= np.logical_and.reduce([(_most_below(x) > x.e) | (x.e == 0) for x in here])
+                nan = np.logical_or.reduce([np.isnan(x.h) for x in here])
+                sure = np.logical_and.reduce([(choices.least_magnitude(x) > x.e) | (x.e == 0) for x in here])
+                known = nan | (sure & ~np.isnan(special))
                 found = _settled(found, proper, special, known)
             for target, part in zip(out, found, strict=True):
                 target[at] = part

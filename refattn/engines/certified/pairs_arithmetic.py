@@ -11,7 +11,7 @@ An entry of which nothing is known has e = ∞ and h = low = 0. Exact infinities
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +29,11 @@ SMALL, FLOOR = 2.0**-900, 2.0**-940
 
 
 class Triple(NamedTuple):
-    """Centre h + low and radius e, three arrays of one shape."""
+    """Centre h + low and radius e: three float64 arrays of one shape, or three numbers."""
 
-    h: Floats
-    low: Floats
-    e: Floats
+    h: Any
+    low: Any
+    e: Any
 
 
 def exact(h: Any) -> Triple:
@@ -60,7 +60,8 @@ class Rules(NamedTuple):
 
 def rules(compiled: Callable[[Any], Any], where: Callable[..., Any]) -> Rules:
     """The rules as `compiled` makes them: as they stand they are NumPy's, for arrays; Numba's are for numbers."""
-    two_sum, two_product = compiled(twofold.two_sum.py_func), compiled(twofold.two_prod.py_func)
+    sums, products = cast("Any", (twofold.two_sum, twofold.two_prod))
+    two_sum, two_product = compiled(sums.py_func), compiled(products.py_func)
 
     @compiled
     def add(a: Triple, b: Triple) -> Triple:

@@ -24,8 +24,8 @@ BELOW = 2.0**-894
 # What the reduction adds to the error of r: the third part of ln 2 / 64, rounded, times up to 2^16, and that product.
 _REDUCTION = 2.0**-112
 _REACH = 0.0055
-# |r|^12 / 12! · e^|r|.
-_SERIES = 2.0**-118
+# |r|^11 / 12! · e^|r|: the rest of the series, relative to r.
+_SERIES = 2.0**-111
 # Of the tail Σ_{k=7}^{11} r^(k−7) / k! in double, relative: the first coefficient and the last sum, and little more.
 _TAIL = 2.0**-51
 _BITS = 256
@@ -94,7 +94,6 @@ def _reduced(x: Triple) -> tuple[Floats, Triple]:
         series = add(mul(series, r), c.inverse[k])
     found = mul(series, r)
     sure = (np.abs(r.h) < _REACH) & (r.e < 2.0**-90)
-    # Relative, for the sake of small arguments: r^12 / 12! is |r| times less than this, and E is r (1 + …).
     return n, Triple(found.h, found.low, np.where(sure, found.e + _SERIES * np.abs(r.h), np.inf))
 
 
@@ -105,7 +104,8 @@ def _centre(x: Triple) -> Triple:
 def _spread(y: Triple, e: Floats) -> Floats:
     """Radius of e^(x + δ) for |δ| ≤ e where y is e^x: e^e − 1 ≤ e + e² up to 1."""
     growth = np.where(e < 1, e * (1 + e), np.inf)
-    return np.where(e > 0, (y.e + (np.abs(y.h) + y.e) * growth) * SLACK + FLOOR, y.e)
+    found: Floats = np.where(e > 0, (y.e + (np.abs(y.h) + y.e) * growth) * SLACK + FLOOR, y.e)
+    return found
 
 
 def _exp(n: Floats, small: Triple) -> Triple:
@@ -152,7 +152,8 @@ def tanh(x: Triple) -> Triple:
 def log(x: Triple) -> Triple:
     """One step from a guess y, whoever made it: log x = k ln 2 + y + log(1 + t), where x = 2^k f and t = f e^−y − 1.
 
-    |log(1 + t) − t + t²/2 − t³/3| ≤ t⁴ for |t| < 2^-40; |log x* − log x| ≤ e / (x − e). log 1 = 0 exactly.
+    |log(1 + t) − t + t²/2| ≤ |t|³ for the |t| < 2^-40 that are let pass; |log x* − log x| ≤ e / (x − e). log 1 = 0
+    exactly.
     """
     c = constants()
     with np.errstate(divide="ignore"):

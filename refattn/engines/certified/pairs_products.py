@@ -22,7 +22,7 @@ from refattn.engines.certified.pairs_arithmetic import (
 # Multiplications from which on compiling pays.
 _LARGE = 1 << 16
 # A product of two numbers of which the least are above this is a normal number.
-_NORMAL = 2.0**-1000
+_NORMAL = 2.0**-960
 
 
 def matmul(a: Triple, b: Triple) -> Triple:
@@ -58,7 +58,8 @@ def _underflow(a: Triple, b: Triple) -> Floats | float:
         return 0.0
     # Counts are exact in any order.
     left, right = ((x > 0).astype(np.float64) for x in most)
-    return FLOOR * (left @ right)
+    found: Floats = FLOOR * (left @ right)
+    return found
 
 
 def _least(x: Floats) -> float:
