@@ -104,6 +104,17 @@ class Fixed:
             self.gather(parts[:, :, block] @ matrix[block], unit, found)
         return found
 
+    def error(self, e: Floats, matrix: Floats) -> Floats:
+        """An upper bound of e (n, m) times |matrix| (m, p): integers too, so the same on every machine; 0 of zeros."""
+        top = float(e.max(initial=0.0))
+        if not 0 < top < np.inf:
+            return np.full((e.shape[0], matrix.shape[1]), top) if top else np.zeros((e.shape[0], matrix.shape[1]))
+        unit = 2.0 ** (int(np.frexp(top)[1]) - self.bits)
+        whole_errors = np.ceil(e / unit)
+        blocks = [slice(start, start + BLOCK) for start in range(0, e.shape[1], BLOCK)]
+        found: Floats = sum((whole_errors[:, block] @ np.abs(matrix[block]) for block in blocks), np.zeros(()))
+        return found * unit
+
 
 def fixed(most: int, terms: int) -> Fixed | None:
     """The widest slices for products by integers up to `most`, so many terms each; None where they are too thin."""

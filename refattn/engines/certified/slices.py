@@ -105,8 +105,7 @@ def forward(given: ExactPlan, b: int, h: int, rows: slice, found: Mapping[str, P
     p.put(alone, Pairs(live[alone] * 1.0, *zeros(*live[alone].shape)[:2]))
     parts = fixed.cut(p, 1.0)
     z = fixed.product(parts, np.ones((live.shape[1], 1)), 1.0)
-    error = p.e.sum(1, keepdims=True)
-    z.e[:] += error
+    z.e[:] += p.e.sum(1, keepdims=True)
     sink = None if plan.sink is None else _exponential(float(plan.sink[h]), top)
     if sink is not None:
         sink.put(empty, Pairs(*(np.full((empty.sum(), 1), x) for x in (1.0, 0.0, 0.0))))
@@ -115,7 +114,7 @@ def forward(given: ExactPlan, b: int, h: int, rows: slice, found: Mapping[str, P
 
     kept = None if plan.keep is None else _entries(plan.keep[0], plan, b, h, rows)[:, keys]
     out = fixed.product(parts if kept is None else parts * kept, value, 1.0)
-    out.e[:] += error * np.abs(value).max(0, initial=0.0)
+    out.e[:] += fixed.error(p.e if kept is None else p.e * kept, value)
     kernels.quotient(*out, *_flat(z))
     found["out"].put((b, h, rows), out)
 
@@ -162,14 +161,15 @@ class Backward:
         kernels.scores(*w, dp, *delta, *ds)
         parts = fixed.cut(ds, given.unit)
         dq = fixed.product(parts, key, given.unit)
-        dq.e[:] += ds.e.sum(1, keepdims=True) * np.abs(key).max(0, initial=0.0)
+        dq.e[:] += fixed.error(ds.e, key)
         self.d["q"].put((x.b, x.h, x.rows), dq)
         for sums in self.bias.values():
             sums.add(x, parts, ds.e)
         self._collect("k", x, parts, ds.e, query)
 
         parts = fixed.cut(w, 1.0)
-        self._collect("v", x, parts if x.kept is None else parts * x.kept, w.e, dout)
+        kept = 1.0 if x.kept is None else x.kept
+        self._collect("v", x, parts * kept, w.e * kept, dout)
         self.pending += len(dout)
         if self.pending + ROWS > BLOCK:
             self.flush(x.b, x.h)
@@ -185,7 +185,7 @@ class Backward:
 
     def _collect(self, name: str, x: Weights, parts: Floats, error: Floats, matrix: Floats) -> None:
         self.parts[name][:, x.keys] += parts.transpose(0, 2, 1) @ matrix
-        self.errors[name][x.keys] += error.sum(0)[:, None] * np.abs(matrix).max(0, initial=0.0)
+        self.errors[name][x.keys] += self.given.fixed.error(error.T, matrix)
 
     def _add_sink(self, x: Weights, inverse: Pairs, delta: Pairs) -> None:
         """Minus Σ_i w δ, w the sink's own weight."""
