@@ -6,16 +6,18 @@ evaluation in another arithmetic, float64 with a running error bound, must agree
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flint import ctx
 from numpy.typing import NDArray
 
 from refattn.bound import Bounded, BoundSpace
-from refattn.engines.certified.balls import BALLS, Balls
+from refattn.engines.certified.balls import BALLS
+from refattn.engines.certified.plain_check import BY_ROW, in_blocks, of_rows
 from refattn.engines.certified.rounding import (
     ENCLOSED,
     EXACT,
@@ -31,10 +33,15 @@ from refattn.problem import Problem
 from refattn.profiles import FLOAT64
 from refattn.spec import Outputs
 
+if TYPE_CHECKING:
+    from refattn.engines.certified.slices import Sliced
+
 __all__ = ["BITS", "ENCLOSED", "EXACT", "PROPAGATED", "ROUNDED", "STATUS", "Certificate", "certify", "name", "refuses"]
 
 name = "certified"
 BITS = (128, 512, 4096)
+# Pairs of a query and a key from which on the exact-slice tier is tried first.
+LARGE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -67,21 +74,38 @@ def certify(
     RefattnError
         If the float64 bound refutes a certified value: a defect in one of the two arithmetics, never an answer.
     """
-    decided: dict[str, Rounded] = {}
+    wide = problem.dtype == np.float64
+    sliced = _on_slices(problem, cotangents or {}, wrt)
+    decided = {n: round_enclosed(x, wide) for n, x in sliced.enclosures.items()} if sliced is not None else {}
     for precision in bits:
+        if decided and not _open(decided):
+            break
         try:
-            found = _on_balls(problem, cotangents or {}, wrt, precision)
+            decided = _on_balls(problem, cotangents or {}, wrt, precision, decided)
         except Undecided:
             continue
-        for name, balls in found.items():
-            decided[name] = better(decided.get(name), round_enclosed(balls, problem.dtype == np.float64))
-        if not any((part.status == ENCLOSED).any() for part in decided.values()):
-            break
     if not decided:
         raise Undecided(f"a decision in {problem.spec.variant} stays open at {bits[-1]} bits")
-    checks = _in_float64(problem, cotangents or {}, wrt)
+    if sliced is not None:
+        checks: Mapping[str, Any] = in_blocks(problem, cotangents or {}, wrt, sliced.limits)
+    else:
+        checks = _in_float64(problem, cotangents or {}, wrt)
     clean = all(np.isfinite(a.astype(np.float64)).all() for a in problem.real_inputs().values())
     return {name: _checked(name, part, checks[name], clean) for name, part in decided.items()}
+
+
+def _open(decided: Mapping[str, Rounded]) -> bool:
+    return any((part.status == ENCLOSED).any() for part in decided.values())
+
+
+def _on_slices(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str]) -> Sliced | None:
+    """The exact-slice tier, where balls would take longer than its kernels take to compile."""
+    sizes = problem.sizes
+    if not {"B", "Hq", "Lq", "Lk"} <= set(sizes) or math.prod(sizes[n] for n in ("B", "Hq", "Lq", "Lk")) < LARGE:
+        return None
+    from refattn.engines.certified import slices
+
+    return slices.enclose(problem, cotangents, wrt)
 
 
 def _in_float64(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str]) -> Mapping[str, Any]:
@@ -95,13 +119,48 @@ def _in_float64(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[s
     return {name: Bounded(space, a, np.full(np.shape(a), np.inf)) for name, a in plain.items()}
 
 
-def _on_balls(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str], bits: int) -> dict[str, Balls]:
+def _on_balls(
+    problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str], bits: int, decided: Mapping[str, Rounded]
+) -> dict[str, Rounded]:
+    """What is decided already and what balls add to it: of some query rows alone where no other element is open."""
+    rows = _open_rows(problem, decided)
+    if rows is not None:
+        problem = of_rows(problem, tuple(rows.tolist()))
+        cotangents = {name: np.asarray(c)[:, :, rows] for name, c in cotangents.items()}
+        wrt = [name for name in wrt if name == "q"]
     before = ctx.prec
     ctx.prec = bits
     try:
-        return problem.differentiate(BALLS.real, cotangents, wrt)
+        balls = problem.differentiate(BALLS.real, cotangents, wrt)
     finally:
         ctx.prec = before
+    found = {name: round_enclosed(x, problem.dtype == np.float64) for name, x in balls.items()}
+    if rows is None:
+        return {name: better(decided.get(name), x) for name, x in found.items()}
+    return dict(decided) | {name: _placed(decided[name], x, rows) for name, x in found.items()}
+
+
+def _open_rows(problem: Problem, decided: Mapping[str, Rounded]) -> NDArray[np.intp] | None:
+    """The query rows that hold all undecided elements; None where others do, or the variant has no `restrict`."""
+    if not decided or not hasattr(problem.variant, "restrict"):
+        return None
+    found = np.zeros(problem.sizes["Lq"], bool)
+    for name, part in decided.items():
+        open_ = part.status == ENCLOSED
+        if name in BY_ROW:
+            found |= open_.any((0, 1, *range(3, open_.ndim)))
+        elif open_.any():
+            return None
+    return np.flatnonzero(found)
+
+
+def _placed(old: Rounded, new: Rounded, rows: NDArray[np.intp]) -> Rounded:
+    """The old elements with, in these rows, those that the new ones decide."""
+    some = better(Rounded(*(a[:, :, rows] for a in old)), new)
+    whole = Rounded(*(a.copy() for a in old))
+    for mine, a in zip(whole, some, strict=True):
+        mine[:, :, rows] = a
+    return whole
 
 
 def _checked(name: str, found: Rounded, check: Any, clean: bool) -> Certificate:

@@ -39,6 +39,11 @@ class ExactPlan:
     unit: float
     biases: Mapping[int, str]
 
+    @property
+    def probability(self) -> float:
+        """Of keeping a weight."""
+        return 1.0 if self.plan.keep is None else self.plan.keep[1]
+
 
 def exact_plan(problem: Problem, cotangents: Mapping[str, NDArray[Any]], wrt: Sequence[str]) -> ExactPlan | None:
     """The problem as the tier takes it, or None."""

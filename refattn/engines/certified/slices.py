@@ -24,6 +24,7 @@ from refattn.engines.certified import kernels
 from refattn.engines.certified.enclosure import Enclosure
 from refattn.engines.certified.exact_plan import ExactPlan, exact_plan
 from refattn.engines.certified.fixed import BLOCK, Pairs, zeros
+from refattn.engines.certified.plain_check import Strain, strain
 from refattn.plan import Score, Slope, relative, row_of, sees
 from refattn.problem import Problem
 
@@ -39,7 +40,7 @@ class Weights(NamedTuple):
 
     p (rows, keys): weights before they are normalised, and z (rows, 1) their sums; kept (rows, keys) or None; out
     (rows, Dv) before kept weights are divided by their probability; sink (rows, 1) or None, the sink's part of z;
-    alone (rows,): one key, no sink.
+    alone (rows,): one key, no sink; strain: what the text in float64 is subject to.
     """
 
     b: int
@@ -53,11 +54,17 @@ class Weights(NamedTuple):
     kept: Bools | None
     sink: Pairs | None
     alone: Bools
+    strain: Strain
 
 
-def enclose(
-    problem: Problem, cotangents: Mapping[str, NDArray[Any]], wrt: Sequence[str]
-) -> dict[str, Enclosure] | None:
+class Sliced(NamedTuple):
+    """Enclosures by the name of the output, and how far from them plain float64 may be (`plain_check`)."""
+
+    enclosures: dict[str, Enclosure]
+    limits: dict[str, Floats]
+
+
+def enclose(problem: Problem, cotangents: Mapping[str, NDArray[Any]], wrt: Sequence[str]) -> Sliced | None:
     """Enclosures of out (B,Hq,Lq,Dv), lse (B,Hq,Lq) and the gradients d<name>; None where the tier refuses.
 
     Raises
@@ -71,21 +78,26 @@ def enclose(
     plan = given.plan
     batch, heads, lq, _ = plan.q.shape
     found = {"out": zeros(*plan.q.shape[:3], plan.v.shape[3]), "lse": zeros(*plan.q.shape[:3])}
+    limits = {n: np.zeros(x.h.shape) for n, x in found.items()}
     back = Backward(given) if wrt else None
     for b, h in np.ndindex(batch, heads):
         for start in range(0, lq, ROWS):
-            x = forward(given, b, h, slice(start, min(start + ROWS, lq)), found)
+            x = forward(given, b, h, slice(start, min(start + ROWS, lq)), found, limits)
             if back is not None:
                 back.rows(x)
         if back is not None:
             back.flush(b, h)
-    if plan.keep is not None:
-        found["out"] = found["out"].scaled(1.0, plan.keep[1])
-    named = back.gradients() if back is not None else {}
-    return {n: x.enclosure() for n, x in (found | {f"d{n}": named[n] for n in wrt}).items()}
+    found["out"] = found["out"].scaled(1.0, given.probability)
+    if back is not None:
+        named = back.gradients()
+        found |= {f"d{n}": named[n] for n in wrt}
+        limits |= {f"d{n}": back.limits[n] for n in wrt}
+    return Sliced({n: x.enclosure() for n, x in found.items()}, limits)
 
 
-def forward(given: ExactPlan, b: int, h: int, rows: slice, found: Mapping[str, Pairs]) -> Weights:
+def forward(
+    given: ExactPlan, b: int, h: int, rows: slice, found: Mapping[str, Pairs], limits: Mapping[str, Floats]
+) -> Weights:
     """Weights of a few rows; writes their out (not yet divided by a probability of keeping) and lse into `found`."""
     plan, fixed = given.plan, given.fixed
     g = h // (plan.q.shape[1] // plan.k.shape[1])
@@ -127,7 +139,15 @@ def forward(given: ExactPlan, b: int, h: int, rows: slice, found: Mapping[str, P
     nothing = -np.inf if plan.sink is None else plan.sink[h]
     lse.put(empty, Pairs(np.full(empty.sum(), nothing), *zeros(empty.sum())[:2]))
     found["lse"].put((b, h, rows), lse)
-    return Weights(b, h, g, rows, keys, p, z, out, kept, sink, alone)
+
+    farthest = np.abs(np.where(live, plan.scale * dots, 0.0)).max(1, initial=0.0)
+    size = np.abs(top) + 2 * farthest + kernels.FAR + (0.0 if plan.sink is None else abs(plan.sink[h]))
+    terms = live.sum(1) + value.shape[1] + plan.q.shape[1] // plan.k.shape[1] * plan.q.shape[2]
+    strained = strain(size, terms, given.dout[b, h, rows], given.dlse[b, h, rows], value, given.probability)
+    limits["out"][b, h, rows] = strained.weight * np.abs(value).max(0, initial=0.0) / given.probability
+    reach = np.where(np.isfinite(lse.h), np.abs(lse.h), 0.0) + np.abs(top)
+    limits["lse"][b, h, rows] = strained.weight[:, 0] + 2.0**-50 * reach
+    return Weights(b, h, g, rows, keys, p, z, out, kept, sink, alone, strained)
 
 
 class Backward:
@@ -141,6 +161,7 @@ class Backward:
         self.pending = 0
         self.sink = None if plan.sink is None else zeros(len(plan.sink))
         self.bias = {n: _BiasSum(given, n) for n in given.biases}
+        self.limits = {n: np.zeros(np.shape(getattr(plan, n))) for n in ("q", "k", "v", "sink")}
 
     def rows(self, x: Weights) -> None:
         """Dq of a few rows, and what they add to the other gradients."""
@@ -164,12 +185,13 @@ class Backward:
         dq.e[:] += fixed.error(ds.e, key)
         self.d["q"].put((x.b, x.h, x.rows), dq)
         for sums in self.bias.values():
-            sums.add(x, parts, ds.e)
+            sums.add(x, parts, ds.e, w.h * x.strain.score)
         self._collect("k", x, parts, ds.e, query)
 
         parts = fixed.cut(w, 1.0)
         kept = 1.0 if x.kept is None else x.kept
         self._collect("v", x, parts * kept, w.e * kept, dout)
+        self._limit(x, w, query, key, dout)
         self.pending += len(dout)
         if self.pending + ROWS > BLOCK:
             self.flush(x.b, x.h)
@@ -180,12 +202,18 @@ class Backward:
         kernels.inner(dout, *x.out, *found)
         found.put(x.alone, zeros(int(x.alone.sum())))
         own = Pairs(-dlse, *zeros(len(dlse))[:2])
-        probability = 1.0 if self.given.plan.keep is None else self.given.plan.keep[1]
-        return found.plus(own.scaled(probability))
+        return found.plus(own.scaled(self.given.probability))
 
     def _collect(self, name: str, x: Weights, parts: Floats, error: Floats, matrix: Floats) -> None:
         self.parts[name][:, x.keys] += parts.transpose(0, 2, 1) @ matrix
         self.errors[name][x.keys] += self.given.fixed.error(error.T, matrix)
+
+    def _limit(self, x: Weights, w: Pairs, query: Floats, key: Floats, dout: Floats) -> None:
+        scale, at = abs(self.given.plan.scale), (x.b, x.g, x.keys)
+        q, k, do = (np.abs(a).max(0, initial=0.0) for a in (query, key, dout))
+        self.limits["q"][x.b, x.h, x.rows] = scale * x.strain.score * k
+        self.limits["k"][at] += scale * (w.h * x.strain.score).sum(0)[:, None] * q
+        self.limits["v"][at] += (w.h * x.strain.weight).sum(0)[:, None] * do / self.given.probability
 
     def _add_sink(self, x: Weights, inverse: Pairs, delta: Pairs) -> None:
         """Minus Σ_i w δ, w the sink's own weight."""
@@ -197,6 +225,7 @@ class Backward:
         total = zeros(1)
         kernels.inner(np.ones((1, len(found.h))), *(a.T.copy() for a in found), *total)
         self.sink.put([x.h], self.sink.at([x.h]).plus(total))
+        self.limits["sink"][x.h] += (w.h * x.strain.score).sum()
 
     def flush(self, b: int, h: int) -> None:
         """Add the sums of slices to dk and dv of the head's key head, and begin anew."""
@@ -214,8 +243,7 @@ class Backward:
 
     def gradients(self) -> dict[str, Pairs]:
         """All of them, by the names of the inputs."""
-        plan = self.given.plan
-        probability = 1.0 if plan.keep is None else plan.keep[1]
+        plan, probability = self.given.plan, self.given.probability
         found = {n: self.d[n].scaled(plan.scale if n != "v" else 1.0, probability) for n in "qkv"}
         if self.sink is not None:
             found["sink"] = self.sink.scaled(1.0, probability)
@@ -223,6 +251,7 @@ class Backward:
             own = sums.total().scaled(1.0, probability)
             name = self.given.biases[n]
             found[name] = found[name].plus(own) if name in found else own
+            self.limits[name] = self.limits.get(name, 0.0) + sums.limits.reshape(own.h.shape)
         return found
 
 
@@ -233,17 +262,19 @@ class _BiasSum:
         self.given, self.shape = given, np.shape(given.plan.bias[n].values)  # type: ignore[union-attr]
         full = (1,) * (4 - len(self.shape)) + self.shape
         self.parts, self.errors = np.zeros((given.fixed.count, *full)), np.zeros(full)
+        self.limits = np.zeros(full)
 
-    def add(self, x: Weights, parts: Floats, error: Floats) -> None:
+    def add(self, x: Weights, parts: Floats, error: Floats, limit: Floats) -> None:
         """A few rows."""
         _, batch, heads, lq, lk = self.parts.shape
         if lk == 1:
-            parts, error = parts.sum(2, keepdims=True), error.sum(1, keepdims=True)
+            parts, error, limit = (a.sum(-1, keepdims=True) for a in (parts, error, limit))
         if lq == 1:
-            parts, error = parts.sum(1, keepdims=True), error.sum(0, keepdims=True)
+            parts, error, limit = (a.sum(-2, keepdims=True) for a in (parts, error, limit))
         rows, keys = x.rows if lq > 1 else slice(0, 1), x.keys if lk > 1 else slice(0, 1)
         self.parts[:, x.b % batch, x.h % heads, rows, keys] += parts
         self.errors[x.b % batch, x.h % heads, rows, keys] += error
+        self.limits[x.b % batch, x.h % heads, rows, keys] += limit
 
     def total(self) -> Pairs:
         """In the shape of the bias."""
