@@ -156,10 +156,11 @@ def _open_rows(problem: Problem, decided: Mapping[str, Rounded]) -> NDArray[np.i
 
 def _placed(old: Rounded, new: Rounded, rows: NDArray[np.intp]) -> Rounded:
     """The old elements with, in these rows, those that the new ones decide."""
-    some = better(Rounded(*(a[:, :, rows] for a in old)), new)
-    whole = Rounded(*(a.copy() for a in old))
+    at = (slice(None), slice(None), rows)
+    some = better(Rounded(old.odd[at], old.nearest[at], old.status[at], old.width[at]), new)
+    whole = Rounded(old.odd.copy(), old.nearest.copy(), old.status.copy(), old.width.copy())
     for mine, a in zip(whole, some, strict=True):
-        mine[:, :, rows] = a
+        np.asarray(mine)[at] = a
     return whole
 
 

@@ -1,7 +1,8 @@
-"""Which problems the exact-slice tier takes, as a Score plan whose numbers are doubles, and the widths its slices have."""
+"""Which problems the exact-slice tier takes, as a Score plan of doubles, and how wide its slices are."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ Floats = NDArray[np.float64]
 # Inputs up to this size become balls when the plan is lowered; a larger one has to be a leaf as it is.
 _LIFTED = 1 << 14
 # Exponents within these bounds keep every product of the tier clear of underflow and overflow.
-_LEAST, _MOST = -300, 300
+_LEAST, _MOST = -200, 200
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def exact_plan(problem: Problem, cotangents: Mapping[str, NDArray[Any]], wrt: Se
     if problem.unplanned is not None or set(problem.outputs) != {"out", "lse"} or (wrt and problem.no_gradient):
         return None
     found = _lowered(problem)
-    if found is None or not _known(found[0]):
+    if found is None or not _known(found[0], problem.inputs):
         return None
     plan, biases = found
     if not set(wrt) <= {"q", "k", "v", "sink", *biases.values()}:
@@ -79,7 +80,8 @@ def _lowered(problem: Problem) -> tuple[Score, dict[int, str]] | None:
     if not isinstance(lowered, Score) or any(getattr(lowered, n) is not given[n] for n in "qkv"):
         return None
     names = {id(balls): n for n, balls in given.items()}
-    values = {id(leaf): real[names[id(leaf)]] if id(leaf) in names else _doubles(leaf) for leaf in leaves(lowered).values()}
+    all_leaves = leaves(lowered).values()
+    values = {id(leaf): real[names[id(leaf)]] if id(leaf) in names else _doubles(leaf) for leaf in all_leaves}
     if any(a is None for a in values.values()):
         return None
     biases = {n: names.get(id(b.values)) for n, b in enumerate(lowered.bias) if isinstance(b, Dense)}
@@ -93,25 +95,28 @@ def _nan(shape: tuple[int, ...]) -> Balls:
 
 
 def _doubles(leaf: Any) -> Floats | None:
-    """The doubles that balls are, or −∞; None where one of them is not."""
+    """The doubles that balls are, or −∞; None where one of them is not, or the lowering has rounded to float64."""
     if not isinstance(leaf, Balls):
-        return np.asarray(leaf, np.float64)
+        return None
     t, d, r = leaf.enclosure()
     return t if ((d == 0) & (r == 0) & ~np.isnan(t) & ~np.isposinf(t)).all() else None
 
 
-def _known(plan: Score) -> bool:
+def _known(plan: Score, inputs: Mapping[str, Any]) -> bool:
     """Whether the tier has the arithmetic for everything in the plan."""
     plain = plan.softcap is None and plan.normalizer == "softmax" and plan.pages is None
     plain = plain and not (plan.relative or plan.v_table) and plan.k_scale is None and plan.v_scale is None
+    # A mask that a lowering makes might come from numbers, which stand in as NaN.
+    given = [plan.mask, None if plan.keep is None else plan.keep[0]]
+    plain = plain and all(a is None or any(a is b for b in inputs.values()) for a in given)
     return plain and (plan.sink is None or bool(np.isfinite(plan.sink).all()))
 
 
 def _widths(plan: Score, dout: Floats, dlse: Floats, gradients: bool) -> tuple[Fixed, float] | None:
     """Slices and the bound of the scores' cotangents; None where numbers have too many bits, or are too far from 1."""
     (nq, eq), (nk, ek), (nv, ev), (no, eo) = (whole(a) for a in (plan.q, plan.k, plan.v, dout))
-    others = [whole(plan.scale), whole(dlse), *(whole(a[np.isfinite(a)]) for n, a in leaves(plan).items() if n not in "qkv")]
-    for n, e in ((nq, eq), (nk, ek), (nv, ev), (no, eo), *others):
+    rest = [whole(a[np.isfinite(a)]) for n, a in leaves(plan).items() if n not in "qkv"]
+    for n, e in ((nq, eq), (nk, ek), (nv, ev), (no, eo), whole(plan.scale), whole(dlse), *rest):
         if n and (e < _LEAST or n.bit_length() + e > _MOST):
             return None
     lq, lk = plan.q.shape[2], plan.k.shape[2]
@@ -122,7 +127,7 @@ def _widths(plan: Score, dout: Floats, dlse: Floats, gradients: bool) -> tuple[F
         return None if slices is None else (slices, 1.0)
     if nv * no * plan.v.shape[3] > 2**53:
         return None
-    slices = fixed(max(nv, nk, nq, no), max(min(lq, 4096), min(lk, 4096)))
+    slices = fixed(max(nv, nk, nq, no), max(lq, lk))
     size = 2 * plan.v.shape[3] * np.abs(plan.v).max(initial=0.0) * np.abs(dout).max(initial=0.0)
     unit = 2.0 ** int(np.frexp(size + np.abs(dlse).max(initial=0.0))[1])
     if slices is None or any(_repeats(plan, b) > 2 ** (53 - slices.bits) for b in plan.bias if isinstance(b, Dense)):
@@ -132,4 +137,4 @@ def _widths(plan: Score, dout: Floats, dlse: Floats, gradients: bool) -> tuple[F
 
 def _repeats(plan: Score, bias: Dense) -> int:
     """Pairs that one entry of a bias is added to."""
-    return int(np.prod(plan.q.shape[:3])) * plan.k.shape[2] // max(bias.values.size, 1)
+    return math.prod(map(int, plan.q.shape[:3])) * int(plan.k.shape[2]) // max(int(bias.values.size), 1)

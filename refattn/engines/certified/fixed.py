@@ -2,8 +2,8 @@ r"""Pairs of doubles with errors, and their fixed-point slices: integers that ma
 
     x = Σ_s n_s unit 2^(−s bits) + rest,   s = 0..count−1,  |n_s| ≤ 2^bits
 
-For integers a of at most `most`, Σ_j n_ij a_j over `terms` entries stays below 2^53 if bits = 53 − ⌈log2(most·terms)⌉: then
-every partial sum in any order is exact (Ozaki, Ogita, Oishi, Rump, 2012).
+For integers a of at most `most`, Σ_j n_ij a_j over `terms` entries is at most 2^53 if bits = 53 − ⌈log2(most·terms)⌉:
+then every partial sum in any order is exact (Ozaki, Ogita, Oishi, Rump, 2012).
 """
 # ruff: noqa: E741  (h, l) is a pair
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from refattn.engines.certified import kernels
 from refattn.engines.certified.enclosure import Enclosure
+from refattn.engines.certified.twofold import ADD
 from refattn.errors import RefattnError
 
 Floats = NDArray[np.float64]
@@ -57,7 +58,7 @@ class Pairs(NamedTuple):
         a, b = (Pairs(*(part.reshape(1, -1).copy() for part in y)) for y in (self, x))
         inexact = (a.l != 0) | (b.l != 0)
         kernels.accumulate(b.h, b.l, a.h, a.l)
-        e = a.e + b.e + np.where(inexact, kernels.ADD * np.abs(a.h), 0.0)
+        e = a.e + b.e + np.where(inexact, ADD * np.abs(a.h), 0.0)
         return Pairs(*(part.reshape(self.h.shape) for part in (a.h, a.l, e)))
 
     def enclosure(self) -> Enclosure:
@@ -73,10 +74,24 @@ def zeros(*shape: int) -> Pairs:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Slices of `bits` bits, `count` of them."""
+    """Slices of `bits` bits, `count` of them, for products by integers up to `most`."""
 
     bits: int
     count: int
+    most: int
+
+    def allow(self, terms: int) -> None:
+        """Refuse sums of more terms than are exact.
+
+        Raises
+        ------
+        RefattnError
+            There are.
+        """
+        if self.most * terms > 2 ** (53 - self.bits):
+            raise RefattnError(
+                f"{terms} products of {self.bits} bits by {self.most} are not summed exactly: please report this"
+            )
 
     def cut(self, x: Pairs, unit: float) -> Floats:
         """Slices (count, n, m) of numbers at most unit, a power of two; what they leave is added to x.e.
@@ -100,7 +115,8 @@ class Fixed:
         """Slices (count, n, m) times a matrix (m, p), in blocks of keys that are exact."""
         found = zeros(parts.shape[1], matrix.shape[1])
         for start in range(0, parts.shape[2], BLOCK):
-            block = slice(start, start + BLOCK)
+            block = slice(start, min(start + BLOCK, parts.shape[2]))
+            self.allow(block.stop - start)
             self.gather(parts[:, :, block] @ matrix[block], unit, found)
         return found
 
@@ -118,8 +134,9 @@ class Fixed:
 
 def fixed(most: int, terms: int) -> Fixed | None:
     """The widest slices for products by integers up to `most`, so many terms each; None where they are too thin."""
-    bits = min(53 - (max(most, 1) * max(min(terms, BLOCK), 1) - 1).bit_length(), _MOST_BITS)
-    return None if bits < _FEWEST_BITS else Fixed(bits, -(-_SIGNIFICANT // bits))
+    most = max(most, 1)
+    bits = min(53 - (most * max(min(terms, BLOCK), 1) - 1).bit_length(), _MOST_BITS)
+    return None if bits < _FEWEST_BITS else Fixed(bits, -(-_SIGNIFICANT // bits), most)
 
 
 def whole(*arrays: Any) -> tuple[int, int]:

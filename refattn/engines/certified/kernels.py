@@ -1,8 +1,8 @@
 r"""Loops of the exact-slice tier over (rows, keys): weights, cotangents of scores, fixed-point slices, their sums.
 
-Every loop is elementwise, so LLVM makes vectors of it without any licence to reorder; what a row adds up, NumPy adds, or
-it is a sum of integers. A number is a pair (h, l) as in `twofold`, with an error e: |exact − (h + l)| ≤ e. Errors are
-computed in float64 and left without their own roundings, which the slack of `slices` covers.
+Nearly every loop is elementwise, so that LLVM makes vectors of it without any licence to reorder. A number is a pair
+(h, l) as in `twofold`, with an error e: |exact − (h + l)| ≤ e. Errors are computed in float64; what their own roundings
+lose, the slack of `fixed` covers.
 """
 # ruff: noqa: E741, PLR0917  (h, l) is a pair, and Numba calls kernels by position
 
@@ -44,7 +44,16 @@ _SINK_REACH = 500.0
 
 @jit
 def weigh(
-    dots: Floats, scale: float, bh: Floats, bl: Floats, beta: float, live: Any, top: Floats, h: Floats, l: Floats, e: Floats
+    dots: Floats,
+    scale: float,
+    bh: Floats,
+    bl: Floats,
+    beta: float,
+    live: Any,
+    top: Floats,
+    h: Floats,
+    l: Floats,
+    e: Floats,
 ) -> None:
     """Weights exp(scale·dot + bias − top) of live pairs, from exact dots and biases (bh + bl within beta).
 
@@ -58,7 +67,8 @@ def weigh(
             xh, xl = add(ch, cl, sh, sl)
             xh, xl = add_double(xh, xl, bl[i, j])
             near = live[i, j] and xh > -FAR
-            xh, xl = (xh if near else 0.0), (xl if near else 0.0)
+            # Above 1 only where the maximum, as a double, is far off: that row is refused.
+            xh, xl = (min(xh, 1.0) if near else 0.0), (xl if near else 0.0)
             yh, yl = exp(xh, xl)
             h[i, j], l[i, j] = (yh if near else 0.0), (yl if near else 0.0)
             relative = EXP + 2 * ADD * (abs(xh) + abs(bl[i, j])) + beta

@@ -6,7 +6,8 @@ derives, for row i whose scores that matter are at most S_i, scale |q·k| and |b
     κ_i = 4 (16 u (S_i + 1) + γ)          relative, of a weight P_ij and of what is summed with it
     F_i = 4 κ_i (2 Σ_d |dout_id| max_j |v_jd| + |dlse_i|)     of the cotangent of a score, in units of P_ij
 
-    out: κ max_j |v_j|    lse: κ + 8 u (|lse| + |m|)    dv: Σ_i P κ |dout|    dq: scale F max_j |k_j|    dk: scale Σ_i P F |q|
+    out  κ max_j |v_j|     lse  κ + 8 u (|lse| + |m|)     dv  Σ_i P κ max_i |dout_i|
+    dq   scale F max_j |k_j|     dk  scale Σ_i P F max_i |q_i|
 
 and dbias Σ P F, dsink Σ_i P F of the sink. Sums may be in any order. It assumes that NumPy's exponential and logarithm
 are right to 4 units. The text runs on a few rows at a time, so memory does not grow with the square of the length.
@@ -46,12 +47,9 @@ class Strain(NamedTuple):
     score: Floats
 
 
-def strain(
-    scores: Floats, count: NDArray[Any], dout: Floats, dlse: Floats, value: Floats, probability: float
-) -> Strain:
-    """Of rows whose scores that matter reach `scores` (rows,), each a sum of `count` (rows,) terms at most."""
+def strain(scores: Floats, count: NDArray[Any], reach: Floats, dlse: Floats) -> Strain:
+    """Of rows (rows,) whose scores that matter are at most `scores`, sums of `count` terms, and |dout·v| ≤ `reach`."""
     weight = 4 * (16 * _UNIT * (scores + 1) + 1.01 * _UNIT * count)
-    reach = np.abs(dout) @ np.abs(value).max(0, initial=0.0) / probability
     return Strain(weight[:, None], (4 * weight * (2 * reach + np.abs(dlse)))[:, None])
 
 
