@@ -323,9 +323,9 @@ def ties():
 def test_balls_are_asked_for_the_rows_that_are_open_and_say_the_same(monkeypatch):
     asked = []
 
-    def recorded(problem, cotangents, wrt, bits, on_balls=certified._on_balls):
-        asked.append((problem.sizes["Lq"], wrt))
-        return on_balls(problem, cotangents, wrt, bits)
+    def recorded(question, bits, on_balls=certified._on_balls):
+        asked.append((question.problem.sizes["Lq"], question.wrt))
+        return on_balls(question, bits)
 
     monkeypatch.setattr(certified, "_on_balls", recorded)
     whole = certified.certify(*ties(), bits=(128, 256))
@@ -343,7 +343,7 @@ def test_balls_are_asked_for_the_rows_that_are_open_and_say_the_same(monkeypatch
 
 
 def test_nothing_is_asked_of_balls_where_nothing_is_open(monkeypatch, rng):
-    monkeypatch.setattr(certified, "_on_balls", None)
+    monkeypatch.setattr(certified, "_on_balls", lambda *_, bits: pytest.fail("balls have been asked"))
     monkeypatch.setattr(certified, "PAIRS_FROM", 0)
     x = {name: rng.standard_normal((1, 2, 16, 8)).astype(np.float32) for name in "qkv"}
     problem = api.build(ra.SDPA(causal=True), x, "float32", ("out",), 0)

@@ -1,15 +1,17 @@
 """The certified engine: every element the correctly rounded value, proved, or its status says that it is not.
 
-The reference's own text runs on pairs of doubles with radii, where the problem is large, and on balls with rising
-precision, until each element's rounding is decided; then a second evaluation in another arithmetic, float64 with a
-running error bound, must agree with every value.
+Tiers of rising cost are asked until each element's rounding is decided: exact slices, pairs of doubles with radii, and
+balls of rising precision; each is asked only what the ones before have left open. The reference's own text runs on
+pairs and on balls. Then an evaluation in another arithmetic, float64 with an error bound, must agree with every value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flint import ctx
@@ -20,6 +22,7 @@ from refattn.engines.certified import arithmetic
 from refattn.engines.certified.balls import BALLS, Balls
 from refattn.engines.certified.enclosure import Enclosing
 from refattn.engines.certified.escalation import Question, question
+from refattn.engines.certified.plain_check import in_blocks
 from refattn.engines.certified.rounding import (
     ENCLOSED,
     EXACT,
@@ -34,10 +37,15 @@ from refattn.problem import Problem
 from refattn.profiles import FLOAT64
 from refattn.spec import Outputs
 
+if TYPE_CHECKING:
+    from refattn.engines.certified.slices import Sliced
+
 __all__ = ["BITS", "ENCLOSED", "EXACT", "PROPAGATED", "ROUNDED", "STATUS", "Certificate", "certify", "name", "refuses"]
 
 name = "certified"
 BITS = (128, 512, 4096)
+# Pairs of a query and a key from which on the exact-slice tier is tried first.
+LARGE = 1 << 16
 # Operations from which on pairs of doubles take less time than balls.
 PAIRS_FROM = 10**6
 
@@ -75,31 +83,37 @@ def certify(
     arithmetic.check()
     whole = Question(problem, cotangents or {}, tuple(wrt))
     wide = problem.dtype == np.float64
-    decided = {name: round_enclosed(found, wide) for name, found in _in_pairs(whole).items()}
-    for precision in bits:
+    sliced = _on_slices(problem, whole.cotangents, wrt)
+    decided = {n: round_enclosed(x, wide) for n, x in sliced.enclosures.items()} if sliced is not None else {}
+    tiers: list[Callable[[Question], Mapping[str, Enclosing]]] = [_in_pairs]
+    tiers += [partial(_on_balls, bits=precision) for precision in bits]
+    for tier in tiers:
         asked = question(whole, decided)
         if asked is None:
             break
         try:
-            found = _on_balls(asked.problem, asked.cotangents, asked.wrt, precision)
+            found = tier(asked)
         except Undecided:
             continue
-        decided = asked.merged(decided, {name: round_enclosed(balls, wide) for name, balls in found.items()})
+        decided = asked.merged(decided, {name: round_enclosed(x, wide) for name, x in found.items()})
     if not decided:
         raise Undecided(f"a decision in {problem.spec.variant} stays open at {bits[-1]} bits")
-    checks = _in_float64(problem, cotangents or {}, wrt)
+    if sliced is not None:
+        checks: Mapping[str, Any] = in_blocks(problem, cotangents or {}, wrt, sliced.limits)
+    else:
+        checks = _in_float64(problem, cotangents or {}, wrt)
     clean = all(np.isfinite(a.astype(np.float64)).all() for a in problem.real_inputs().values())
     return {name: _checked(name, part, checks[name], clean) for name, part in decided.items()}
 
 
-def _in_pairs(whole: Question) -> Mapping[str, Enclosing]:
-    """What pairs of doubles enclose, where the problem is so large that they save time; else, or undecided, nothing."""
-    module, problem = whole.problem.variant, whole.problem
-    if not hasattr(module, "operations") or module.operations(problem.spec, problem.sizes)[0] < PAIRS_FROM:
-        return {}
-    from refattn.engines.certified import pairs
+def _on_slices(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str]) -> Sliced | None:
+    """The exact-slice tier, where balls would take longer than its kernels take to compile."""
+    sizes = problem.sizes
+    if not {"B", "Hq", "Lq", "Lk"} <= set(sizes) or math.prod(sizes[n] for n in ("B", "Hq", "Lq", "Lk")) < LARGE:
+        return None
+    from refattn.engines.certified import slices
 
-    return pairs.enclose(problem, whole.cotangents, whole.wrt) or {}
+    return slices.enclose(problem, cotangents, wrt)
 
 
 def _in_float64(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str]) -> Mapping[str, Any]:
@@ -113,11 +127,21 @@ def _in_float64(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[s
     return {name: Bounded(space, a, np.full(np.shape(a), np.inf)) for name, a in plain.items()}
 
 
-def _on_balls(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str], bits: int) -> dict[str, Balls]:
+def _in_pairs(asked: Question) -> Mapping[str, Enclosing]:
+    """What pairs of doubles enclose, where the problem is so large that they save time."""
+    problem, module = asked.problem, asked.problem.variant
+    if not hasattr(module, "operations") or module.operations(problem.spec, problem.sizes)[0] < PAIRS_FROM:
+        return {}
+    from refattn.engines.certified import pairs
+
+    return pairs.enclose(problem, asked.cotangents, asked.wrt) or {}
+
+
+def _on_balls(asked: Question, bits: int) -> dict[str, Balls]:
     before = ctx.prec
     ctx.prec = bits
     try:
-        return problem.differentiate(BALLS.real, cotangents, wrt)
+        return asked.problem.differentiate(BALLS.real, asked.cotangents, asked.wrt)
     finally:
         ctx.prec = before
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from refattn.engines.certified.plain_check import of_rows
 from refattn.engines.certified.rounding import ENCLOSED, Rounded, better
 from refattn.problem import Problem
 from refattn.spec import Array
@@ -66,11 +67,8 @@ def _rows(asked: Question, left: Mapping[str, NDArray[np.bool_]]) -> tuple[int, 
 
 
 def _restricted(asked: Question, rows: tuple[int, ...]) -> Question:
-    problem = asked.problem
-    inputs = problem.variant.restrict(problem.spec, problem.inputs, rows)
-    short = replace(problem, inputs=inputs, sizes=dict(problem.sizes) | {"Lq": len(rows)})
-    duals = {name: np.take(c, rows, _axis(problem, name)) for name, c in asked.cotangents.items()}
-    return Question(short, duals, asked.wrt, rows)
+    duals = {name: np.take(c, rows, _axis(asked.problem, name)) for name, c in asked.cotangents.items()}
+    return Question(of_rows(asked.problem, rows), duals, asked.wrt, rows)
 
 
 def _axis(problem: Problem, name: str) -> int | None:
