@@ -203,7 +203,7 @@ class PairSpace:
         flat = Triple(*(part.transpose(rest + axes).reshape((*shape, count)) for part in x.at))
         spoiled = ~np.isfinite(flat.h)
         with np.errstate(all="ignore"):
-            found = arithmetic.total(Triple(*(np.where(spoiled, 0.0, part) for part in flat)))
+            found = arithmetic.total(Triple(*(np.where(spoiled, 0.0, part) for part in flat)), _added)
             special = np.sum(np.where(spoiled, flat.h, 0.0), -1)
         found = _settled(found, ~spoiled.any(-1), special, np.isfinite(found.e))
         kept = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
@@ -330,6 +330,16 @@ def _elementwise(rule: Callable[..., Triple], plain: Any, *operands: Pairs) -> P
             for target, part in zip(out, found, strict=True):
                 target[at] = part
     return Pairs(Triple(*(part.reshape(shape) for part in out)))
+
+
+def _added(a: Triple, b: Triple) -> Triple:
+    """A sum of finite numbers, compiled if it is long."""
+    if a.h.size < _LARGE:
+        return arithmetic.add(a, b)
+    from refattn.engines.certified import pairs_kernels
+
+    found = pairs_kernels.elementwise("add", *(Triple(*(part.reshape(-1) for part in x)) for x in (a, b)))
+    return Triple(*(part.reshape(a.h.shape) for part in found))
 
 
 def _by_balls(name: str, *operands: Any) -> Pairs:

@@ -144,8 +144,8 @@ def accumulation(two_sum: Callable[..., Any], two_product: Callable[..., Any]) -
     return accumulated
 
 
-def total(x: Triple) -> Triple:
-    """Sum over the last axis, halves first: a tree of `add`."""
+def total(x: Triple, add: Callable[[Triple, Triple], Triple] = add) -> Triple:
+    """Sum over the last axis, halves first: a tree of `add`, however that is run."""
     while x.h.shape[-1] > 1:
         n = x.h.shape[-1]
         half = n // 2
