@@ -351,6 +351,40 @@ def test_nothing_is_asked_of_balls_where_nothing_is_open(monkeypatch, rng):
     assert not any((c.status == ENCLOSED).any() for c in found.values())
 
 
+LARGE = {
+    "plain": (ra.SDPA(causal=True), 1.0, {}),
+    "softcap and a sink": (ra.SDPA(softcap=5.0), 3.0, {"sink": np.array([0.3, -2.0])}),
+    "weights that underflow": (ra.SDPA(), 60.0, {}),
+    "what is no number": (ra.SDPA(causal=True), 1.0, {"spoil": True}),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_problems_get_the_certificates_of_balls(rng, name, monkeypatch):
+    """Compiled: 96 queries, 2 heads, inputs of 24 bits; the tier is chosen as it is for everyone."""
+    spec, size, extras = LARGE[name]
+    x = {n: rng.standard_normal((1, 2, 96, 40)).astype(np.float32) for n in "qkv"}
+    x["q"] *= np.float32(size)
+    extras = dict(extras)
+    if extras.pop("spoil", False):
+        x["k"][0, 0, 90, 3], x["v"][0, 1, 70, 0] = np.nan, np.inf
+    problem = api.build(spec, x | extras, "float32", ("out",), 0)
+    asked = problem, {"out": rng.standard_normal((1, 2, 96, 40)).astype(np.float32)}, tuple(problem.real_inputs())
+    monkeypatch.setattr(certified, "LARGE", 1 << 60)
+    given = []
+    monkeypatch.setattr(pairs, "enclose", lambda *a, f=pairs.enclose: given.append(f(*a)) or given[-1])
+    found = certified.certify(*asked)
+    left = sum(int(np.sum(round_enclosed(e, False).status == ENCLOSED)) for e in given[0].values())
+    total = sum(c.value.size for c in found.values())
+    assert left == 0 or (name == "weights that underflow" and left < total / 2)
+    monkeypatch.setattr(certified, "PAIRS_FROM", 1 << 60)
+    for output, one in certified.certify(*asked).items():
+        np.testing.assert_array_equal(found[output].value, one.value)
+        np.testing.assert_array_equal(found[output].status == ENCLOSED, one.status == ENCLOSED)
+        np.testing.assert_array_equal(np.isnan(found[output].value), np.isnan(one.value))
+    assert len(given) == 1
+
+
 def test_an_open_choice_goes_to_balls(monkeypatch):
     whole = escalation.Question(*ties())
     monkeypatch.setattr(pairs.PAIRS, "finite", lambda x: (_ for _ in ()).throw(Undecided("open")), raising=False)

@@ -111,8 +111,10 @@ def _on_slices(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[st
     sizes = problem.sizes
     if not {"B", "Hq", "Lq", "Lk"} <= set(sizes) or math.prod(sizes[n] for n in ("B", "Hq", "Lq", "Lk")) < LARGE:
         return None
-    from refattn.engines.certified import slices
+    from refattn.engines.certified import pairs_kernels, slices
 
+    # What Numba compiles is tried once for both tiers.
+    pairs_kernels.kernels()
     return slices.enclose(problem, cotangents, wrt)
 
 

@@ -335,7 +335,8 @@ def _elementwise(rule: Callable[..., Triple], plain: Any, *operands: Pairs) -> P
 def _added(a: Triple, b: Triple) -> Triple:
     """A sum of finite numbers, compiled if it is long."""
     if a.h.size < _LARGE:
-        return arithmetic.add(a, b)
+        plain: Triple = arithmetic.add(a, b)
+        return plain
     from refattn.engines.certified import pairs_kernels
 
     found = pairs_kernels.elementwise("add", *(Triple(*(part.reshape(-1) for part in x)) for x in (a, b)))

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import llvmlite
 import numba
 import numpy as np
 
@@ -128,7 +129,7 @@ def _kernels(stamp: int) -> Kernels:
 def kernels() -> Kernels:
     """Kept for this text of the rules and no other, and tried."""
     texts = (Path(str(module.__file__)).read_bytes() for module in (twofold, pairs_arithmetic, arithmetic))
-    return tried(_kernels(zlib.crc32(b"".join(texts))))
+    return tried(_kernels(zlib.crc32(b"".join(texts), zlib.crc32(llvmlite.__version__.encode()))))
 
 
 def tried(found: Kernels) -> Kernels:
