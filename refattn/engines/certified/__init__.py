@@ -1,14 +1,15 @@
 """The certified engine: every element the correctly rounded value, proved, or its status says that it is not.
 
-Tiers of rising cost are asked until each element's rounding is decided: exact slices, pairs of doubles with radii, and
-balls of rising precision; each is asked only what the ones before have left open. The reference's own text runs on
-pairs and on balls. Then an evaluation in another arithmetic, float64 with an error bound, must agree with every value.
+Tiers of rising cost are asked until each element's rounding is decided: exact slices, pairs of doubles with radii,
+balls of rising precision, and a prime field for what balls cannot decide; each is asked only what is still open. The
+reference's own text runs on pairs, on balls and over the field. Then a second evaluation in another arithmetic, float64
+with an error bound, must agree with every value.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,19 +20,23 @@ from numpy.typing import NDArray
 
 from refattn.bound import Bounded, BoundSpace
 from refattn.engines.certified import arithmetic
-from refattn.engines.certified.balls import BALLS, Balls
+from refattn.engines.certified.balls import BALLS
 from refattn.engines.certified.enclosure import Enclosing
-from refattn.engines.certified.escalation import Question, question
+from refattn.engines.certified.escalation import answered, still_open
+from refattn.engines.certified.identities import exactness
 from refattn.engines.certified.plain_check import in_blocks
 from refattn.engines.certified.rounding import (
     ENCLOSED,
     EXACT,
+    IDENTITY,
     PROPAGATED,
     ROUNDED,
     STATUS,
     Rounded,
+    better,
     round_enclosed,
 )
+from refattn.engines.certified.tier import Task, Tier
 from refattn.errors import RefattnError, Undecided
 from refattn.problem import Problem
 from refattn.profiles import FLOAT64
@@ -40,7 +45,10 @@ from refattn.spec import Outputs
 if TYPE_CHECKING:
     from refattn.engines.certified.slices import Sliced
 
-__all__ = ["BITS", "ENCLOSED", "EXACT", "PROPAGATED", "ROUNDED", "STATUS", "Certificate", "certify", "name", "refuses"]
+__all__ = [
+    "BITS", "ENCLOSED", "EXACT", "IDENTITY", "PROPAGATED", "ROUNDED", "STATUS",
+    "Certificate", "certify", "name", "refuses",
+]  # fmt: skip
 
 name = "certified"
 BITS = (128, 512, 4096)
@@ -81,41 +89,37 @@ def certify(
         If the float64 bound refutes a certified value: a defect in one of the two arithmetics, never an answer.
     """
     arithmetic.check()
-    whole = Question(problem, cotangents or {}, tuple(wrt))
-    wide = problem.dtype == np.float64
-    sliced = _on_slices(problem, whole.cotangents, wrt)
-    decided = {n: round_enclosed(x, wide) for n, x in sliced.enclosures.items()} if sliced is not None else {}
-    tiers: list[Callable[[Question], Mapping[str, Enclosing]]] = [_in_pairs]
-    tiers += [partial(_on_balls, bits=precision) for precision in bits]
-    for tier in tiers:
-        asked = question(whole, decided)
-        if asked is None:
+    task = Task(problem, cotangents or {}, wrt)
+    sliced = _on_slices(task)
+    decided: dict[str, Rounded] = {}
+    if sliced is not None:
+        decided = {n: round_enclosed(x, problem.dtype == np.float64) for n, x in sliced.enclosures.items()}
+    for tier in tiers(bits):
+        if decided and not still_open(decided):
             break
         try:
-            found = tier(asked)
+            found = tier(task, decided)
         except Undecided:
             continue
-        decided = asked.merged(decided, {name: round_enclosed(x, wide) for name, x in found.items()})
+        decided |= {name: better(decided.get(name), part) for name, part in found.items()}
     if not decided:
         raise Undecided(f"a decision in {problem.spec.variant} stays open at {bits[-1]} bits")
     if sliced is not None:
-        checks: Mapping[str, Any] = in_blocks(problem, cotangents or {}, wrt, sliced.limits)
+        checks: Mapping[str, Any] = in_blocks(problem, task.cotangents, wrt, sliced.limits)
     else:
-        checks = _in_float64(problem, cotangents or {}, wrt)
+        checks = _in_float64(problem, task.cotangents, wrt)
     clean = all(np.isfinite(a.astype(np.float64)).all() for a in problem.real_inputs().values())
     return {name: _checked(name, part, checks[name], clean) for name, part in decided.items()}
 
 
-def _on_slices(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str]) -> Sliced | None:
-    """The exact-slice tier, where balls would take longer than its kernels take to compile."""
-    sizes = problem.sizes
-    if not {"B", "Hq", "Lq", "Lk"} <= set(sizes) or math.prod(sizes[n] for n in ("B", "Hq", "Lq", "Lk")) < LARGE:
-        return None
-    from refattn.engines.certified import pairs_kernels, slices
-
-    # What Numba compiles is tried once for both tiers.
-    pairs_kernels.kernels()
-    return slices.enclose(problem, cotangents, wrt)
+def tiers(bits: Sequence[int]) -> list[Tier]:
+    """What is tried in turn: pairs, balls, and behind all balls but the first the exactness test."""
+    found: list[Tier] = [_on_pairs]
+    for precision in bits:
+        found += [partial(_on_balls, bits=precision)]
+        if precision != bits[0] or len(bits) == 1:
+            found += [partial(exactness, bits=precision)]
+    return found
 
 
 def _in_float64(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str]) -> Mapping[str, Any]:
@@ -129,21 +133,37 @@ def _in_float64(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[s
     return {name: Bounded(space, a, np.full(np.shape(a), np.inf)) for name, a in plain.items()}
 
 
-def _in_pairs(asked: Question) -> Mapping[str, Enclosing]:
-    """What pairs of doubles enclose, where the problem is so large that they save time."""
-    problem, module = asked.problem, asked.problem.variant
+def _on_slices(task: Task) -> Sliced | None:
+    """The exact-slice tier, where balls would take longer than its kernels take to compile."""
+    sizes = task.problem.sizes
+    if not {"B", "Hq", "Lq", "Lk"} <= set(sizes) or math.prod(sizes[n] for n in ("B", "Hq", "Lq", "Lk")) < LARGE:
+        return None
+    from refattn.engines.certified import pairs_kernels, slices
+
+    # What Numba compiles is tried once for both tiers.
+    pairs_kernels.kernels()
+    return slices.enclose(task.problem, task.cotangents, task.wrt)
+
+
+def _on_pairs(task: Task, decided: Mapping[str, Rounded]) -> dict[str, Rounded]:
+    """Where the problem is so large that they save time."""
+    problem, module = task.problem, task.problem.variant
     if not hasattr(module, "operations") or module.operations(problem.spec, problem.sizes)[0] < PAIRS_FROM:
         return {}
     from refattn.engines.certified import pairs
 
-    return pairs.enclose(problem, asked.cotangents, asked.wrt) or {}
+    return answered(task, decided, lambda part: pairs.enclose(part.problem, part.cotangents, part.wrt) or {})
 
 
-def _on_balls(asked: Question, bits: int) -> dict[str, Balls]:
+def _on_balls(task: Task, decided: Mapping[str, Rounded], bits: int) -> dict[str, Rounded]:
+    return answered(task, decided, partial(_in_balls, bits=bits))
+
+
+def _in_balls(task: Task, bits: int) -> Mapping[str, Enclosing]:
     before = ctx.prec
     ctx.prec = bits
     try:
-        return asked.problem.differentiate(BALLS.real, asked.cotangents, asked.wrt)
+        return task.problem.differentiate(BALLS.real, task.cotangents, task.wrt)
     finally:
         ctx.prec = before
 

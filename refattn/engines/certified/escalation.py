@@ -1,84 +1,67 @@
-"""What is asked of the balls: only what a cheaper tier left undecided, and of that only the query rows concerned."""
+"""What a tier is asked: only what is open, no gradients that are decided, and of query rows only those concerned."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.certified.plain_check import of_rows
-from refattn.engines.certified.rounding import ENCLOSED, Rounded, better
+from refattn.engines.certified.enclosure import Enclosing
+from refattn.engines.certified.rounding import ENCLOSED, Rounded, round_enclosed
+from refattn.engines.certified.tier import Task
 from refattn.problem import Problem
-from refattn.spec import Array
+
+Bools = NDArray[np.bool_]
+# The axis of the query rows.
+_ROWS = 2
 
 
-@dataclass(frozen=True)
-class Question:
-    """A problem with the cotangents and inputs of the gradients that are asked; `rows` of the whole, None if all."""
-
-    problem: Problem
-    cotangents: Mapping[str, NDArray[Any]]
-    wrt: tuple[str, ...]
-    rows: tuple[int, ...] | None = None
-
-    def merged(self, decided: Mapping[str, Rounded], found: Mapping[str, Rounded]) -> dict[str, Rounded]:
-        """What was decided, with what has been found where it was not; a result that nobody asked for is left out."""
-        merged = dict(decided)
-        for name, new in found.items():
-            old = decided.get(name)
-            axis = _axis(self.problem, name)
-            if self.rows is None or old is None:
-                merged[name] = better(old, new)
-            elif axis is not None:
-                at = (slice(None),) * axis + (list(self.rows),)
-                parts: Any = (part[at] for part in old)
-                settled: Any = zip(old, better(Rounded(*parts), new), strict=True)
-                merged[name] = Rounded(*(_replaced(a, at, b) for a, b in settled))
-        return merged
+def still_open(decided: Mapping[str, Rounded]) -> dict[str, Bools]:
+    """Undecided elements, of the outputs that have any."""
+    found = {name: part.status == ENCLOSED for name, part in decided.items()}
+    return {name: where for name, where in found.items() if where.any()}
 
 
-def question(whole: Question, decided: Mapping[str, Rounded]) -> Question | None:
-    """What is still open, or None: fewer gradients, and fewer rows, where the variant can be restricted to rows."""
-    if not decided:
-        return whole
-    left = {name: part.status == ENCLOSED for name, part in decided.items()}
-    left = {name: where for name, where in left.items() if where.any()}
-    if not left:
-        return None
-    wrt = tuple(name for name in whole.wrt if f"d{name}" in left)
-    smaller = replace(whole, wrt=wrt, cotangents=whole.cotangents if wrt else {})
-    rows = _rows(smaller, left)
-    return smaller if rows is None else _restricted(smaller, rows)
+def concerned(task: Task, open_: Mapping[str, Bools]) -> tuple[Task, list[int] | None]:
+    """The task for the open outputs and, where each of their elements hangs on its query row alone, for those rows."""
+    wrt = tuple(name for name in task.wrt if f"d{name}" in open_)
+    small = Task(task.problem, task.cotangents if wrt else {}, wrt)
+    given = (*open_, *small.cotangents)
+    if not hasattr(task.problem.variant, "restrict") or not all(_by_row(task.problem, name) for name in given):
+        return small, None
+    rows = sorted({int(i) for where in open_.values() for i in np.nonzero(where)[_ROWS]})
+    cotangents = {name: np.take(c, rows, _ROWS) for name, c in small.cotangents.items()}
+    return Task(task.problem.restricted(tuple(rows)), cotangents, wrt), rows
 
 
-def _rows(asked: Question, left: Mapping[str, NDArray[np.bool_]]) -> tuple[int, ...] | None:
-    """Query rows with something undecided; None where that does not save half, or what is open is no row's own."""
-    problem = asked.problem
-    axes = {name: _axis(problem, name) for name in (*left, *asked.cotangents)}
-    if not hasattr(problem.variant, "restrict") or "L" in problem.sizes or None in axes.values():
-        return None
-    open_ = np.zeros(problem.sizes["Lq"], bool)
-    for name, where in left.items():
-        open_ |= where.any(tuple(i for i in range(where.ndim) if i != axes[name]))
-    return tuple(np.flatnonzero(open_).tolist()) if 2 * open_.sum() <= open_.size else None
+def of_rows(array: NDArray[Any], rows: list[int] | None) -> NDArray[Any]:
+    """The part of an output that a restricted task gives."""
+    return array if rows is None else np.take(array, rows, _ROWS)
 
 
-def _restricted(asked: Question, rows: tuple[int, ...]) -> Question:
-    duals = {name: np.take(c, rows, _axis(asked.problem, name)) for name, c in asked.cotangents.items()}
-    return Question(of_rows(asked.problem, rows), duals, asked.wrt, rows)
+def answered(
+    task: Task, decided: Mapping[str, Rounded], enclose: Callable[[Task], Mapping[str, Enclosing]]
+) -> dict[str, Rounded]:
+    """Roundings from the intervals of what is open, or of everything where nothing is decided yet."""
+    part, rows = concerned(task, still_open(decided)) if decided else (task, None)
+    wide = task.problem.dtype == np.float64
+    found = {name: round_enclosed(x, wide) for name, x in enclose(part).items()}
+    if rows is None:
+        return found
+    return {name: _placed(decided[name], new, rows) for name, new in found.items() if _by_row(task.problem, name)}
 
 
-def _axis(problem: Problem, name: str) -> int | None:
-    """The axis of the query rows in an output or in the gradient of what has rows of its own for each; or None."""
-    arrays: dict[str, Array] = {f"d{n}": array for n, array in problem.signature.items()} | problem.outputs
-    dims = arrays[name].dims.split()
-    return dims.index("Lq") if "Lq" in dims and not arrays[name].broadcast else None
+def _placed(old: Rounded, new: Rounded, rows: list[int]) -> Rounded:
+    copies: Any = [part.copy() for part in old]
+    for whole, part in zip(copies, new, strict=True):
+        whole[:, :, rows] = part
+    return Rounded(*copies)
 
 
-def _replaced(old: NDArray[Any], at: Any, new: NDArray[Any]) -> NDArray[Any]:
-    found = old.copy()
-    found[at] = new
-    return found
+def _by_row(problem: Problem, name: str) -> bool:
+    """Whether an output, or the gradient of an input, has an entry for each query row that hangs on that row alone."""
+    outputs = problem.outputs
+    array = outputs[name] if name in outputs else problem.signature[name[1:]]
+    return not array.broadcast and array.dims.split()[_ROWS : _ROWS + 1] == ["Lq"]

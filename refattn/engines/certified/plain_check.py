@@ -16,7 +16,6 @@ are right to 4 units. The text runs on a few rows at a time, so memory does not 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,7 +61,7 @@ def in_blocks(
     whole = not hasattr(problem.variant, "restrict") or lq <= ROWS
     for start in range(0, max(lq, 1), max(lq, 1) if whole else ROWS):
         rows = tuple(range(start, lq if whole else min(start + ROWS, lq)))
-        part = problem if whole else of_rows(problem, rows)
+        part = problem if whole else problem.restricted(rows)
         weights = {name: np.asarray(c)[:, :, start : start + len(rows)] for name, c in cotangents.items()}
         with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
             values = part.differentiate(np.asarray, weights, wrt)
@@ -74,9 +73,3 @@ def in_blocks(
             else:
                 found[name][..., start : start + len(rows), :] += value
     return {name: Check(x, limits[name] * 1.01 + _TINY) for name, x in found.items()}
-
-
-def of_rows(problem: Problem, rows: tuple[int, ...]) -> Problem:
-    """The same problem for some query rows, of a variant that offers `restrict`."""
-    short = problem.variant.restrict(problem.spec, problem.inputs, rows)
-    return replace(problem, inputs=short, sizes=dict(problem.sizes) | {"Lq": len(rows)})

@@ -16,8 +16,8 @@ from refattn.engines.certified.enclosure import Enclosing
 
 Floats = NDArray[np.float64]
 
-ROUNDED, EXACT, ENCLOSED, PROPAGATED = 0, 1, 2, 3
-STATUS = ("correctly_rounded", "exact", "enclosed", "propagated")
+ROUNDED, EXACT, ENCLOSED, PROPAGATED, IDENTITY = 0, 1, 2, 3, 4
+STATUS = ("correctly_rounded", "exact", "enclosed", "propagated", "identity")
 # Below this a radius may have no double worth the name. Such elements, and those that a radius below a step does not
 # settle (ties to 2^-50 of a step, exact doubles), go the slow way, by integers.
 _SMALL = 2.0**-900
