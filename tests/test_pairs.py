@@ -11,7 +11,7 @@ from flint import arb
 import refattn as ra
 from refattn import api, numeric
 from refattn.engines import certified
-from refattn.engines.certified import pairs, pairs_functions, pairs_kernels
+from refattn.engines.certified import pairs, pairs_functions, pairs_kernels, pairs_products
 from refattn.engines.certified import pairs_arithmetic as arithmetic
 from refattn.engines.certified.balls import BALLS
 from refattn.engines.certified.pairs import PAIRS, Pairs
@@ -158,6 +158,14 @@ def test_products(rng, shape, spread):
         left = left + side * np.array([arb(float(e)) for e in a.e.ravel()], object).reshape(a.e.shape)
         assert outside(found, np.ravel(left @ right)) == 0
     np.testing.assert_array_equal(matmul(a, Triple(*(0 * part for part in b))).e, 0.0)
+
+
+def test_compiled_products_give_the_bits_of_numpy(rng):
+    a, b = (some(rng, count=2 * 12 * 12) for _ in range(2))
+    a, b = (Triple(*(part.reshape(2, 12, 12) for part in (x.h, x.low, np.abs(x.h) * 2.0**-99))) for x in (a, b))
+    a.h[:, 3] = a.low[:, 3] = a.e[:, 3] = 0.0
+    for one, other in zip(pairs_products._product(a, b), pairs_kernels.product(a, b), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_sums(rng):

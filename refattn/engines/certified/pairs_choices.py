@@ -88,7 +88,7 @@ def _largest(x: Triple, live: Bools) -> tuple[Integers, Bools]:
 
 def _gap(one: Triple, others: Triple) -> Triple:
     """One number of each row minus others, whose centres are no larger."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(all="ignore"):
         found: Triple = add(Triple(*(np.broadcast_to(part, others.h.shape) for part in one)), negative(others))
     return found
 
