@@ -2,6 +2,7 @@
 
 import operator
 from fractions import Fraction
+from itertools import product
 
 import flint
 import numpy as np
@@ -105,6 +106,36 @@ def test_radii_spread_as_far_as_they_must(rng, name, run):
             for x, y, d, e in zip(on_arb(a), on_arb(b), a.e, b.e, strict=True)
         ]
         assert outside(found, corner) == 0
+
+
+def tricky(rng, count):
+    """Subnormal numbers, powers of two and their neighbours, small integers, 1 ± a step; ties of tails; wide radii."""
+    sign = rng.choice([-1, 1], count)
+    kinds = [
+        sign * 2.0 ** rng.integers(-1074, 1000, count),
+        rng.integers(-9, 9, count) * 5e-324 * 2.0 ** rng.integers(0, 60, count),
+        rng.standard_normal(count) * 2.0 ** rng.integers(-1000, 1000, count),
+        rng.integers(-4, 4, count).astype(np.float64),
+        np.nextafter(1.0, 1.0 + sign) * 2.0 ** rng.integers(-5, 5, count),
+    ]
+    h = np.choose(rng.integers(0, 5, count), kinds)
+    h, low = arithmetic.two_sum(h, h * 2.0**-53 * rng.choice([0, 0, 0.5, -0.5, 0.25, 1e-20, -0.4999], count))
+    e = np.abs(h) * rng.choice([0, 0, 2.0**-100, 2.0**-30, 1.5], count)
+    return Triple(h, low, e)
+
+
+@pytest.mark.parametrize("run", [in_numpy, in_numba])
+@pytest.mark.parametrize("name", TWO)
+def test_exact_rationals_at_the_edges(rng, name, run):
+    """All nine corners and middles of the operands; ∞ is an answer where something overflows or a divisor may be 0."""
+    a, b = tricky(rng, COUNT), tricky(rng, COUNT)
+    found = run(name)(a, b)
+    bounded = np.isfinite(found.h + found.low + found.e)
+    assert bounded.mean() > 0.6
+    for i in np.flatnonzero(bounded):
+        (x, dx), (y, dy), (z, e) = ((Fraction(t.h[i]) + Fraction(t.low[i]), Fraction(t.e[i])) for t in (a, b, found))
+        for one, other in product((-1, 0, 1), repeat=2):
+            assert abs(TWO[name](x + one * dx, y + other * dy) - z) <= e
 
 
 @pytest.mark.parametrize("name", ONE)
