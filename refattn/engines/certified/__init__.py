@@ -1,24 +1,30 @@
 """The certified engine: every element the correctly rounded value, proved, or its status says that it is not.
 
-The reference's own text runs on balls with rising precision until each element's rounding is decided, and over a prime
-field for what balls cannot decide; then a second evaluation in another arithmetic, float64 with a running error bound,
-must agree with every value.
+Tiers of rising cost are asked until each element's rounding is decided: exact slices, pairs of doubles with radii,
+balls of rising precision, and a prime field for what balls cannot decide; each is asked only what is still open. The
+reference's own text runs on pairs, on balls and over the field. Then a second evaluation in another arithmetic, float64
+with an error bound, must agree with every value.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flint import ctx
 from numpy.typing import NDArray
 
 from refattn.bound import Bounded, BoundSpace
+from refattn.engines.certified import arithmetic
 from refattn.engines.certified.balls import BALLS
+from refattn.engines.certified.enclosure import Enclosing
+from refattn.engines.certified.escalation import answered, still_open
 from refattn.engines.certified.identities import exactness
+from refattn.engines.certified.plain_check import in_blocks
 from refattn.engines.certified.rounding import (
     ENCLOSED,
     EXACT,
@@ -36,6 +42,9 @@ from refattn.problem import Problem
 from refattn.profiles import FLOAT64
 from refattn.spec import Outputs
 
+if TYPE_CHECKING:
+    from refattn.engines.certified.slices import Sliced
+
 __all__ = [
     "BITS", "ENCLOSED", "EXACT", "IDENTITY", "PROPAGATED", "ROUNDED", "STATUS",
     "Certificate", "certify", "name", "refuses",
@@ -43,6 +52,10 @@ __all__ = [
 
 name = "certified"
 BITS = (128, 512, 4096)
+# Pairs of a query and a key from which on the exact-slice tier is tried first.
+LARGE = 1 << 16
+# Operations from which on pairs of doubles take less time than balls.
+PAIRS_FROM = 10**6
 
 
 @dataclass(frozen=True)
@@ -75,26 +88,33 @@ def certify(
     RefattnError
         If the float64 bound refutes a certified value: a defect in one of the two arithmetics, never an answer.
     """
+    arithmetic.check()
     task = Task(problem, cotangents or {}, wrt)
+    sliced = _on_slices(task)
     decided: dict[str, Rounded] = {}
+    if sliced is not None:
+        decided = {n: round_enclosed(x, problem.dtype == np.float64) for n, x in sliced.enclosures.items()}
     for tier in tiers(bits):
+        if decided and not still_open(decided):
+            break
         try:
             found = tier(task, decided)
         except Undecided:
             continue
         decided |= {name: better(decided.get(name), part) for name, part in found.items()}
-        if not any((part.status == ENCLOSED).any() for part in decided.values()):
-            break
     if not decided:
         raise Undecided(f"a decision in {problem.spec.variant} stays open at {bits[-1]} bits")
-    checks = _in_float64(problem, cotangents or {}, wrt)
+    if sliced is not None:
+        checks: Mapping[str, Any] = in_blocks(problem, task.cotangents, wrt, sliced.limits)
+    else:
+        checks = _in_float64(problem, task.cotangents, wrt)
     clean = all(np.isfinite(a.astype(np.float64)).all() for a in problem.real_inputs().values())
     return {name: _checked(name, part, checks[name], clean) for name, part in decided.items()}
 
 
 def tiers(bits: Sequence[int]) -> list[Tier]:
-    """What is tried in turn until nothing is enclosed: balls, and behind all but the first the exactness test."""
-    found: list[Tier] = []
+    """What is tried in turn: pairs, balls, and behind all balls but the first the exactness test."""
+    found: list[Tier] = [_on_pairs]
     for precision in bits:
         found += [partial(_on_balls, bits=precision)]
         if precision != bits[0] or len(bits) == 1:
@@ -113,14 +133,39 @@ def _in_float64(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[s
     return {name: Bounded(space, a, np.full(np.shape(a), np.inf)) for name, a in plain.items()}
 
 
+def _on_slices(task: Task) -> Sliced | None:
+    """The exact-slice tier, where balls would take longer than its kernels take to compile."""
+    sizes = task.problem.sizes
+    if not {"B", "Hq", "Lq", "Lk"} <= set(sizes) or math.prod(sizes[n] for n in ("B", "Hq", "Lq", "Lk")) < LARGE:
+        return None
+    from refattn.engines.certified import pairs_kernels, slices
+
+    # What Numba compiles is tried once for both tiers.
+    pairs_kernels.kernels()
+    return slices.enclose(task.problem, task.cotangents, task.wrt)
+
+
+def _on_pairs(task: Task, decided: Mapping[str, Rounded]) -> dict[str, Rounded]:
+    """Where the problem is so large that they save time."""
+    problem, module = task.problem, task.problem.variant
+    if not hasattr(module, "operations") or module.operations(problem.spec, problem.sizes)[0] < PAIRS_FROM:
+        return {}
+    from refattn.engines.certified import pairs
+
+    return answered(task, decided, lambda part: pairs.enclose(part.problem, part.cotangents, part.wrt) or {})
+
+
 def _on_balls(task: Task, decided: Mapping[str, Rounded], bits: int) -> dict[str, Rounded]:
+    return answered(task, decided, partial(_in_balls, bits=bits))
+
+
+def _in_balls(task: Task, bits: int) -> Mapping[str, Enclosing]:
     before = ctx.prec
     ctx.prec = bits
     try:
-        found = task.problem.differentiate(BALLS.real, task.cotangents, task.wrt)
+        return task.problem.differentiate(BALLS.real, task.cotangents, task.wrt)
     finally:
         ctx.prec = before
-    return {name: round_enclosed(balls, task.problem.dtype == np.float64) for name, balls in found.items()}
 
 
 def _checked(name: str, found: Rounded, check: Any, clean: bool) -> Certificate:

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from refattn.dtypes import odd_fraction
 from refattn.engines.certified.elements import Field
 from refattn.engines.certified.enclosure import End
+from refattn.engines.certified.escalation import concerned, of_rows, still_open
 from refattn.engines.certified.field import FieldSpace
 from refattn.engines.certified.modulus import draw
-from refattn.engines.certified.rounding import ENCLOSED, EXACT, IDENTITY, ROUNDED, Rounded
+from refattn.engines.certified.rounding import EXACT, IDENTITY, ROUNDED, Rounded
 from refattn.engines.certified.tier import Task
-from refattn.spec import Array
 
 # log2 of the chance of a false identity that is accepted, and the bits of the primes tried until it is reached.
 CHANCE = -100
@@ -38,10 +38,9 @@ _LEAST = 20000
 
 def exactness(task: Task, decided: Mapping[str, Rounded], bits: int) -> dict[str, Rounded]:
     """What the field says of the elements still enclosed, with balls of `bits` bits, which have been found enough."""
-    open_ = {name: part.status == ENCLOSED for name, part in decided.items()}
-    open_ = {name: where for name, where in open_.items() if where.any()}
-    part, rows = _concerned(task, open_)
-    seed, chosen = identity(task), {name: _rows(where, rows) for name, where in open_.items()}
+    open_ = still_open(decided)
+    part, rows = concerned(task, open_)
+    seed, chosen = identity(task), {name: of_rows(where, rows) for name, where in open_.items()}
     found, needed = dict(decided), 0.0
     before, ctx.prec = ctx.prec, bits
     try:
@@ -141,24 +140,3 @@ def _taken(old: Rounded, open_: NDArray[np.bool_], verdicts: Sequence[Verdict | 
             new.odd[at] = near if near == verdict.value else odd_fraction(verdict.value)
             new.status[at], new.width[at] = verdict.status, 0.0
     return new
-
-
-def _concerned(task: Task, open_: Mapping[str, NDArray[np.bool_]]) -> tuple[Task, list[int] | None]:
-    """The task for the open outputs and, where each of their elements hangs on its query row alone, for those rows."""
-    problem = task.problem
-    wrt = tuple(name for name in task.wrt if f"d{name}" in open_)
-    small = Task(problem, task.cotangents if wrt else {}, wrt)
-    described = [problem.outputs[n] if n in problem.outputs else problem.signature[n[1:]] for n in open_]
-    if not hasattr(problem.variant, "restrict") or not all(map(_by_row, described)):
-        return small, None
-    rows = sorted({int(i) for where in open_.values() for i in np.nonzero(where)[2]})
-    cotangents = {n: c[:, :, rows] if _by_row(problem.outputs[n]) else c for n, c in small.cotangents.items()}
-    return Task(problem.restricted(tuple(rows)), cotangents, wrt), rows
-
-
-def _by_row(array: Array) -> bool:
-    return not array.broadcast and array.dims.split()[2:3] == ["Lq"]
-
-
-def _rows(where: NDArray[np.bool_], rows: list[int] | None) -> NDArray[np.bool_]:
-    return where if rows is None else where[:, :, rows]
