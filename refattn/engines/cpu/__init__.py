@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from refattn import unread
 from refattn.engines.cpu import adjoint, fast, score, skipping
 from refattn.engines.cpu.blocks import in_a_row, packed, stored
+from refattn.engines.cpu.cached import buffers
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
@@ -111,7 +112,9 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
     few = fast.few(plan, count, k.shape[2])
     if k.dtype != v.dtype or storage_of(k) is None:
         k, v = widened(k), widened(v)
-    q, k, v = converted(q, q.dtype), converted(k, k.dtype), converted(v, v.dtype)
+    q = converted(q, q.dtype)
+    if not (few and buffers(k, v)):
+        k, v = converted(k, k.dtype), converted(v, v.dtype)
     # A logit of −∞ that a key's infinity makes would count as masked. Those of an infinity in q are all infinite or
     # NaN, and their row is one of doubt, unless a cap, a sink or a sigmoid makes numbers of them.
     if not (few or finite(k)):

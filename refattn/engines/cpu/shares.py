@@ -24,13 +24,14 @@ _TASKS = 128  # shares wanted in all, so that threads end together
 class Parts(NamedTuple):
     """What shares leave: top and total (B·Hkv·shares, R), o (B·Hkv·shares, R, W), W being Dv in whole lines.
 
-    ends (B·Hkv,) int64: how many shares of a key head have ended.
+    ends (B·Hkv,) int64: how many shares of a key head have ended. starts (1 or B, shares) int64: where they begin.
     """
 
     top: Array
     total: Array
     o: Array
     ends: Array
+    starts: Array
 
 
 class Scratch(NamedTuple):

@@ -44,7 +44,7 @@ VARIABLE = "REFATTN_SKIPPING"
 EPSILON = 2.0**-4  # of the published bound
 SHORTEST = 512  # keys: below, the bounds cost more than they spare
 SLACK = 2.0**-10  # relative, of lengths and distances: more than they round for D up to 4096
-_DEEPEST = 4096
+DEEPEST = 4096
 _SAMPLE = 256  # keys that a centre is the mean of
 _COMMON = 10  # scale |q||k| of the example that `told` gives
 OUT, LSE = (np.float32(math.log2(EPSILON * n * 2.0**-24) - 2.0**-4) for n in (7, 4))  # bits, less what is rounded here
@@ -79,7 +79,7 @@ _NONE = Norms(
 def norms(x: Arrays, width: int, storage: int) -> Norms:
     """Of a plan whose bias falls with distance and has no array to be searched; else nothing is left out."""
     batch, heads, groups, lq, lk, depth, size = x.sizes
-    wanted = x.sloping and lq >= KEYS and lk >= SHORTEST and depth <= _DEEPEST
+    wanted = x.sloping and lq >= KEYS and lk >= SHORTEST and depth <= DEEPEST
     if not wanted or x.bias_strides.size or x.sigmoid or not (x.slopes > 0).any() or os.environ.get(VARIABLE) == "0":
         return _NONE
     count, centre = -(-lk // KEYS), _centre(x, storage)
@@ -94,7 +94,7 @@ def norms(x: Arrays, width: int, storage: int) -> Norms:
     return Norms(
         on=True,
         centre=centre,
-        slack=(_DEEPEST * 2.0**-23 * np.linalg.norm(centre, axis=-1)).astype(np.float32),
+        slack=(DEEPEST * 2.0**-23 * np.linalg.norm(centre, axis=-1)).astype(np.float32),
         keys=keys,
         before=np.maximum.accumulate(keys, axis=2),
         scales=scales,
