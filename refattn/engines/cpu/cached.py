@@ -214,7 +214,7 @@ def left_out(x: Arrays, known: Norms, decoded: Callable[[Array, int], tuple[Arra
 
 @cache
 def leave() -> Callable[..., Any]:
-    """The compiled choice of tiles, from the nearest on: first to the left, then to the right."""
+    """The compiled choice of tiles, the farthest first, for they weigh the least: to the left, then to the right."""
     VERSION = stamp(skipping, work)
 
     @bare
@@ -234,18 +234,26 @@ def leave() -> Callable[..., Any]:
             b = t // x.sizes[2]
             ends, far = x.k_ends[b % x.k_ends.shape[0]], most[b % most.shape[0]]
             begin(x, known, out, lse, room, t)
-            n = min(starts[b], known.count) - 1
-            while n >= 0:
-                if spared(room, ends[n, 0], ends[n, 1], known.keys[t, n], known.values[t, n], KEYS):
-                    left[t, n] = True
-                    keys, values = known.keys_before[t, n - 1], known.values_before[t, n - 1]
-                    if n > 0 and spared(room, _FAR, far[n - 1], keys, values, n * KEYS):
-                        left[t, :n] = True
-                        break
-                n -= 1
-            for n in range(near[b], known.count):
-                if ends[n, 0] - greatest[b] <= x.span[1]:
-                    left[t, n] = spared(room, ends[n, 0], ends[n, 1], known.keys[t, n], known.values[t, n], KEYS)
+            stop, last = min(starts[b], known.count), known.count
+            while last > near[b] and ends[last - 1, 0] - greatest[b] > x.span[1]:
+                last -= 1
+            limit = 1.0 if last <= near[b] else 0.5
+            # Half of it for as many as one bound is good for, the other half for the next ones, one by one.
+            low, high = 0, stop
+            while low < high:
+                n = (low + high + 1) // 2
+                keys, values = known.keys_before[t, n - 1], known.values_before[t, n - 1]
+                if afford(room, _FAR, far[n - 1], keys, values, n * KEYS, limit / 2):
+                    low = n
+                else:
+                    high = n - 1
+            if low > 0:
+                keys, values = known.keys_before[t, low - 1], known.values_before[t, low - 1]
+                left[t, :low] = spared(room, _FAR, far[low - 1], keys, values, low * KEYS, limit / 2)
+            for n in range(low, stop):
+                left[t, n] = spared(room, ends[n, 0], ends[n, 1], known.keys[t, n], known.values[t, n], KEYS, limit)
+            for n in range(last - 1, near[b] - 1, -1):
+                left[t, n] = spared(room, ends[n, 0], ends[n, 1], known.keys[t, n], known.values[t, n], KEYS, 1.0)
         return VERSION
 
     return choose
@@ -253,7 +261,7 @@ def leave() -> Callable[..., Any]:
 
 @inner
 def begin(x: Arrays, known: Norms, out: Array, lse: Array, room: Array, t: int) -> None:
-    """What the rows of key head number t may leave out: a column of `room` for each, as `spared` reads them."""
+    """What the rows of key head number t may leave out: a column of `room` for each, as `afford` reads them."""
     _, heads, groups, lq, _, depth, width = x.sizes
     b, h, share = t // groups, t % groups * (heads // groups), heads // groups
     middle = 0.0
@@ -287,8 +295,18 @@ def begin(x: Arrays, known: Norms, out: Array, lse: Array, room: Array, t: int) 
 
 
 @inner
-def spared(room: Array, near: int, far: int, length: float, size: float, count: int) -> bool:
-    """Whether all rows may leave out `count` more keys of places `near` to `far`: then it is booked in room[0]."""
+def spared(room: Array, near: int, far: int, length: float, size: float, count: int, limit: float) -> bool:
+    """As `afford`, and booked if so."""
+    if not afford(room, near, far, length, size, count, limit):
+        return False
+    for r in range(room.shape[1]):
+        room[0, r] = room[7, r]
+    return True
+
+
+@inner
+def afford(room: Array, near: int, far: int, length: float, size: float, count: int, limit: float) -> bool:
+    """Whether all rows may leave out `count` more keys, of places `near` to `far`, within that part of their share."""
     bits = math.log2(count)
     for r in range(room.shape[1]):
         away = max(near - room[6, r], room[6, r] - far, 0.0)
@@ -298,8 +316,6 @@ def spared(room: Array, near: int, far: int, length: float, size: float, count: 
         if not (by_lse < 1.0 and by_out < 1.0):
             return False
         room[7, r] = room[0, r] + 2.0 ** max(by_lse, by_out, -100.0)
-        if room[7, r] > 1.0:
+        if room[7, r] > limit:
             return False
-    for r in range(room.shape[1]):
-        room[0, r] = room[7, r]
     return True
