@@ -47,7 +47,9 @@ def refuses(problem: Problem) -> str | None:
 def skips(problem: Problem) -> str | None:
     """What of the problem is left out because it is proved not to count, or None."""
     plan = problem.outline or problem.plan
-    return skipping.told(plan) if isinstance(plan, Score) else None
+    if not isinstance(plan, Score):
+        return None
+    return skipping.told(plan, fast.few(plan, plan.q.shape[1] // plan.k.shape[1] * plan.q.shape[2], keys(plan)))
 
 
 def run(problem: Problem) -> Outputs:

@@ -42,14 +42,14 @@ _NEAR = 2  # tiles that are decoded first
 
 
 class Norms(NamedTuple):
-    """Of the first `count` tiles of a cache; T = B·Hkv.
+    """Of the first `measured` tiles of a cache; T = B·Hkv.
 
     centre (T,D) c; keys (T,tiles) the greatest |k − c| of a tile, ∞ where one is not finite. scales (T,Dv) s_d, and
     since (T,Dv) the tile that it is of; values (T,tiles) log₂ of the greatest |v_d| / s_d. keys_before, values_before:
     the greatest of a tile and all before it.
     """
 
-    count: int
+    measured: int
     centre: Array
     keys: Array
     keys_before: Array
@@ -87,15 +87,20 @@ def norms(x: Arrays, held: tuple[Buffer, Buffer], storage: int) -> Norms | None:
         return None
     if x.bias_strides.size or x.table.size or not (x.slopes > 0).any() or (x.slopes < 0).any():
         return None
-    count, literal = lk // KEYS, lanes() << 16 | 1 << 8 | 1 | storage << 24
+    count, shape = lk // KEYS, literal(storage)
     with _first:
         keys, values = (
             known[buffer] if buffer in known else known.setdefault(buffer, _Known(buffer, base(buffer.memory)))
             for known, buffer, base in zip((_keys, _values), held, (_centre, _unknown), strict=True)
         )
-    _measure(keys, held[0], count, of_keys(literal))
-    _measure(values, held[1], count, of_values(literal))
+    _measure(keys, held[0], count, of_keys(shape))
+    _measure(values, held[1], count, of_values(shape))
     return Norms(count, keys.base, keys.each, keys.before, values.base, values.since, values.each, values.before)
+
+
+def literal(storage: int) -> int:
+    """What `vectors` is told of a storage: one vector in a row."""
+    return lanes() << 16 | 1 << 8 | 1 | storage << 24
 
 
 def _centre(memory: Array) -> Array:
@@ -121,9 +126,9 @@ def _measure(known: _Known, buffer: Buffer, count: int, measure: Callable[..., A
 
 
 @cache
-def of_keys(literal: int) -> Callable[..., Any]:
-    """Lengths of keys, tile by tile; the literal is that of `vectors`, with one vector in a row."""
-    LITERAL, VERSION = literal, stamp(bounds, skipping, tiles, vectors, work)
+def of_keys(shape: int) -> Callable[..., Any]:
+    """Lengths of keys, tile by tile."""
+    LITERAL, VERSION = shape, stamp(bounds, skipping, tiles, vectors, work)
 
     @bare
     def measure(
@@ -154,9 +159,9 @@ def of_keys(literal: int) -> Callable[..., Any]:
 
 
 @cache
-def of_values(literal: int) -> Callable[..., Any]:
+def of_values(shape: int) -> Callable[..., Any]:
     """The greatest |v_d| / s_d as logarithms, tile by tile, and s_d where it is met first."""
-    LITERAL, VERSION = literal, stamp(bounds, skipping, tiles, vectors, work)
+    LITERAL, VERSION = shape, stamp(bounds, skipping, tiles, vectors, work)
 
     @bare
     def measure(
@@ -234,7 +239,7 @@ def leave() -> Callable[..., Any]:
             b = t // x.sizes[2]
             ends, far = x.k_ends[b % x.k_ends.shape[0]], most[b % most.shape[0]]
             begin(x, known, out, lse, room, t)
-            stop, last = min(starts[b], known.count), known.count
+            stop, last = min(starts[b], known.measured), known.measured
             while last > near[b] and ends[last - 1, 0] - greatest[b] > x.span[1]:
                 last -= 1
             limit = 1.0 if last <= near[b] else 0.5
@@ -275,7 +280,7 @@ def begin(x: Arrays, known: Norms, out: Array, lse: Array, room: Array, t: int) 
             a = float(x.q[row * depth + d])
             square, dot = square + a * a, dot + a * float(known.centre[t, d])
         for d in range(width):
-            if known.scales[t, d] > 0 and known.since[t, d] < known.count:
+            if known.scales[t, d] > 0 and known.since[t, d] < known.measured:
                 size = abs(float(out[row * width + d])) / float(known.scales[t, d])
                 # NaN is the least of all.
                 least = min(least, size) if size >= 0 else -np.inf

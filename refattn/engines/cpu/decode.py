@@ -58,9 +58,7 @@ def run(
     return _pass(x, kept, storage, tabled, np.arange(0, x.sizes[4], share)[None], share)
 
 
-def _pass(
-    x: Arrays, kept: Blocks, storage: int, tabled: bool, starts: Array, share: int
-) -> tuple[Array, Array, Array]:
+def _pass(x: Arrays, kept: Blocks, storage: int, tabled: bool, starts: Array, share: int) -> tuple[Array, Array, Array]:
     """As `run`, of the keys of some shares: `starts` (1 or B, shares) tells where they begin."""
     batch, heads, groups, lq, lk, depth, width = x.sizes
     shape = (batch, heads, lq)

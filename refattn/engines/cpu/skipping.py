@@ -38,7 +38,7 @@ from refattn.engines.cpu.bounds import afford, gauge, lengths, peaks, squares
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.vectors import BFLOAT16, FLOAT16, FLOAT32
 from refattn.engines.cpu.work import KEYS, Array, Arrays, Rows, Tile
-from refattn.plan import Dense, Score, Slope
+from refattn.plan import Dense, Score, Slope, Table
 
 VARIABLE = "REFATTN_SKIPPING"
 EPSILON = 2.0**-4  # of the published bound
@@ -116,8 +116,10 @@ def _centre(x: Arrays, storage: int) -> Array:
     return np.where(np.isfinite(mean), mean, np.float32(0))
 
 
-def told(plan: Score) -> str | None:
+def told(plan: Score, few: bool) -> str | None:
     """For `explain`: where leaving out may begin; None for a plan of which no key is left out.
+
+    `few`: whether `decode` runs it, which leaves out keys of a cache alone, as `cached` says.
 
     In natural units a tile of keys goes once slope · distance > 2 c + ln n + ln 1 / (4 ε u), where c is the greatest
     scale |q||k|; values that nearly cancel, and short heads of a large value, put it off.
@@ -125,13 +127,17 @@ def told(plan: Score) -> str | None:
     slopes = sum((b.slopes for b in plan.bias if isinstance(b, Slope)), np.zeros(plan.q.shape[1]))
     lq, lk = plan.q.shape[2], plan.k.shape[2]
     plain = plan.normalizer == "softmax" and not any(isinstance(b, Dense) for b in plan.bias)
-    if not (plain and (slopes > 0).any() and lk >= SHORTEST and lq >= KEYS):
+    if not (plain and (slopes > 0).any() and lk >= SHORTEST and (few or lq >= KEYS)):
+        return None
+    packed = plan.pages is not None or plan.k_scale is not None
+    if few and (packed or (slopes < 0).any() or any(isinstance(b, Table) for b in plan.bias)):
         return None
     if os.environ.get(VARIABLE) == "0":
         return f"{VARIABLE}=0: no key is left out"
     bits = 2 * _COMMON + math.log(KEYS) - math.log(4 * EPSILON * 2.0**-24)
     first = ", ".join(f"{bits / slope:.0f}" if slope > 0 else "never" for slope in slopes.tolist())
     return (
+        f"{'of k and v that refattn.extend has grown, ' if few else ''}"
         f"keys that together are proved to weigh less than 1/{1 / EPSILON:.0f} of the published bound are left out; "
         f"where scale |q||k| is at most {_COMMON}, from about these distances on, head by head: {first}"
     )
