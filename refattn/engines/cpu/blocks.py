@@ -129,10 +129,10 @@ def scales(to: Array, numbers: Array, steps: Array, x: Blocks, b: int, g: int, j
         m, slot = (j + n) // x.size, (j + n) % x.size
         first = x.table[b, m] * steps[0] + g * steps[1] + slot * steps[2]
         run = min(count - n, x.size - slot)
+        own, some = to[n : n + run], numbers[first:]
         if steps[2] == 1:
             for i in range(run):
-                to[n + i] = numbers[first + i]
+                own[i] = some[i]
         else:
-            for i in range(run):
-                to[n + i] = numbers[first]
+            own[:] = some[0]
         n += run

@@ -25,7 +25,7 @@ from refattn.engines.cpu.blocks import Blocks, located, scales
 from refattn.engines.cpu.cached import Norms, left_out
 from refattn.engines.cpu.columns import LEAST, scaled, valued, weights
 from refattn.engines.cpu.dots import blend, dots
-from refattn.engines.cpu.lines import PARTS
+from refattn.engines.cpu.lines import PARTS, UNIT
 from refattn.engines.cpu.pool import together
 from refattn.engines.cpu.shares import TILES, Parts, Scratch, begin, bias, in_lines, merge, scratch, share_of, veil
 from refattn.engines.cpu.sight import NOTHING, between, masked
@@ -81,6 +81,7 @@ def _pass(x: Arrays, kept: Blocks, storage: int, tabled: bool, starts: Array, sh
 @cache
 def kernel(lane: int, storage: int, tabled: bool = False) -> Callable[..., int]:
     """The compiled pass for vectors of so many lanes and a storage; threads share the counter of one number."""
+    ONE = UNIT[storage]
     SHAPE, LANES, LINES = tabled << 27 | storage << 24 | lane << 16 | KEYS // lane << 8, lane, PARTS[storage]
     VERSION = stamp(blocks, columns, lines, products, shares, sight, tiles, tuples, vectors, work)
 
@@ -112,7 +113,7 @@ def kernel(lane: int, storage: int, tabled: bool = False) -> Callable[..., int]:
                     total += tile.sums[r, n]
                 parts.total[task, r] = total
             if take(parts.ends.ctypes.data + 8 * (b * groups + g)) == each - 1:
-                merge(x, results, parts, at, each, LANES, LINES)
+                merge(x, results, parts, at, each, LANES, LINES, ONE)
         return VERSION
 
     return decode

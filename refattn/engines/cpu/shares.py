@@ -139,8 +139,10 @@ def veil(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: 
 @inner
 def copy(to: Array, numbers: Array, j: int, count: int) -> None:
     """Numbers j to j + count."""
+    # A slice, for an index that may be negative is no vector's.
+    some = numbers[j : j + count]
     for n in range(count):
-        to[n] = numbers[j + n]
+        to[n] = some[n]
 
 
 @inner
@@ -167,8 +169,8 @@ def bias(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: 
 
 
 @inner
-def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane: int, lines: int) -> None:
-    """Results of the rows of a key head from the parts of its shares; v's numbers lie in o as in `lines`."""
+def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane: int, lines: int, unit: float) -> None:
+    """Results of the rows of a key head from the parts of its shares; v's numbers lie in o as in `lines`, over `unit`."""
     _, _, groups, lq, _, _, width = x.sizes
     first = (at.b * groups + at.g) * shares
     for r in range(at.rows):
@@ -189,7 +191,7 @@ def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane
             # The sum goes into the first share's part, and from there in order to the results.
             o = parts.o[first, r]
             for n in range(shares):
-                factor = np.float32(2.0 ** (float(parts.top[first + n, r]) - float(top)) / total)
+                factor = np.float32(unit * 2.0 ** (float(parts.top[first + n, r]) - float(top)) / total)
                 other = parts.o[first + n, r]
                 for d in range(o.size):
                     o[d] = factor * other[d] + (o[d] if n > 0 else np.float32(0.0))
