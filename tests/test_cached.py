@@ -12,7 +12,7 @@ import refattn as ra
 from refattn import api
 from refattn.cache import whole
 from refattn.engines import cpu
-from refattn.engines.cpu import cached, decode, fast, pool, skipping
+from refattn.engines.cpu import cached, decode, fast, pool, remote, skipping
 from refattn.engines.cpu.work import KEYS
 
 UNIT = 2.0**-24
@@ -52,7 +52,7 @@ def left(monkeypatch):
     found = []
 
     def told(*given):
-        found.append(cached.left_out(*given))
+        found.append(remote.left_out(*given))
         return found[-1]
 
     monkeypatch.setattr(decode, "left_out", told)
@@ -233,8 +233,10 @@ def test_a_cache_is_read_without_a_copy(rng, monkeypatch):
 
     monkeypatch.setattr(decode, "kernel", told)
     run(falling(4), cache)
+    short = grown(inputs | {n: np.rint(30 * inputs[n]).astype(np.int8) for n in "kv"})
+    run(ra.SDPA(kv="int8"), short | {"k_scale": np.float32(0.1), "v_scale": np.float32(0.1)})
     found = run(ra.SDPA(), cache)
-    assert set(given) == {tuple(whole(cache[n], 2).memory.ctypes.data for n in "kv")}
+    assert set(given) == {tuple(whole(x[n], 2).memory.ctypes.data for n in "kv") for x in (cache, short)}
     expected = run(ra.SDPA(), inputs)
     for n in OUTPUTS:
         same(found[n], expected[n])

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from refattn import unread
 from refattn.engines.cpu import adjoint, fast, score, skipping
 from refattn.engines.cpu.blocks import in_a_row, packed, stored
-from refattn.engines.cpu.cached import buffers
 from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
@@ -115,7 +114,7 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
     if k.dtype != v.dtype or storage_of(k) is None:
         k, v = widened(k), widened(v)
     q = converted(q, q.dtype)
-    if not (few and buffers(k, v)):
+    if not few:
         k, v = converted(k, k.dtype), converted(v, v.dtype)
     # A logit of −∞ that a key's infinity makes would count as masked. Those of an infinity in q are all infinite or
     # NaN, and their row is one of doubt, unless a cap, a sink or a sigmoid makes numbers of them.
@@ -147,10 +146,10 @@ def _packed(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) -
     if not fast.takes(plan) or not fast.few(plan, q.shape[1] // k.shape[1] * q.shape[2], keys(plan)):
         row = in_a_row(plan, k, v)
         return _outputs(row, q, row.k, row.v, kind)
-    numbers = widened(q), k, v
+    numbers = k, v
     if k.dtype != v.dtype or stored(k) is None:
-        numbers = widened(q), widened(k), widened(v)
-    out, lse, redo = fast.run(plan, *(converted(a, a.dtype) for a in numbers))
+        numbers = widened(k), widened(v)
+    out, lse, redo = fast.run(plan, converted(widened(q), np.float32), *numbers)
     if redo.any():
         row = in_a_row(plan, k, v)
         again = _outputs(row, q, row.k, row.v, kind)

@@ -22,11 +22,12 @@ from refattn.engines.cpu import blocks, columns, lines, shares, sight, tiles, tu
 from refattn.engines.cpu import dots as products
 from refattn.engines.cpu._jit import bare, inner, lanes, stamp
 from refattn.engines.cpu.blocks import Blocks, located, scales
-from refattn.engines.cpu.cached import Norms, left_out
+from refattn.engines.cpu.cached import Norms
 from refattn.engines.cpu.columns import LEAST, scaled, valued, weights
 from refattn.engines.cpu.dots import blend, dots
 from refattn.engines.cpu.lines import PARTS, UNIT
 from refattn.engines.cpu.pool import together
+from refattn.engines.cpu.remote import left_out
 from refattn.engines.cpu.shares import TILES, Parts, Scratch, begin, bias, in_lines, merge, scratch, share_of, veil
 from refattn.engines.cpu.sight import NOTHING, between, masked
 from refattn.engines.cpu.tiles import bend

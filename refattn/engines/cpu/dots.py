@@ -167,9 +167,9 @@ def _dots(
 def blend(
     x: Lanes, o: Any, stride: Any, factor: Any, w: Any, rows: Any, v: Any, ahead: Any, count: Any, width: Any
 ) -> None:
-    """o[r] = factor[r] o[r] + Σ_n w[r,n] v[n] / `UNIT` for r < rows; o's rows are `stride` bytes apart, v's follow each other.
+    """o[r] = factor[r] o[r] + Σ_n w[r,n] v[n] / `UNIT` for r < rows; o's rows are `stride` bytes apart.
 
-    By two rows, so that their sums and a whole row of v fit the registers and v is read in order.
+    v's follow each other. By two rows, so that their sums and a whole row of v fit the registers and v is read in order.
     """
 
     def some(r: Any, size: int, near: Any) -> None:

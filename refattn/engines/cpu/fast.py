@@ -73,7 +73,7 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
 
     q, k, v are the plan's, C order, q in float32, k and v stored alike in a way that `storage_of` knows; without
     infinities in q and k, without pages and scales. Where `few` says so they may have all that, in a way that `stored`
-    knows, and k and v may be a cache's. What is not finite in v reaches all rows of a tile, masked or not: they are to
+    knows, and k and v in any order. What is not finite in v reaches all rows of a tile, masked or not: they are to
     be made again.
     """
     if few(plan, q.shape[1] // k.shape[1] * q.shape[2], keys(plan)):

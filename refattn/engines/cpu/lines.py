@@ -4,8 +4,8 @@ A *line* is what one read takes of a row: a vector of stored numbers that become
 the numbers p, p + parts, ... of the line. What a row is multiplied with or added to is kept in that order, filled up to
 whole lines.
 
-Integers of 8 bits come as 2²⁴ times what they are: a byte at the top of a word is one step, and its sign needs no other.
-What is made of them is brought down in the end.
+Integers of 8 bits come as 2²⁴ times what they are: a byte at the top of a word is one step, and its sign needs no
+other. What is made of them is brought down in the end.
 """
 
 from __future__ import annotations

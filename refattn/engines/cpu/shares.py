@@ -170,7 +170,7 @@ def bias(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: 
 
 @inner
 def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane: int, lines: int, unit: float) -> None:
-    """Results of the rows of a key head from the parts of its shares; v's numbers lie in o as in `lines`, over `unit`."""
+    """Results of the rows of a key head from the parts of its shares, of which o is over `unit` and lies as `lines`."""
     _, _, groups, lq, _, _, width = x.sizes
     first = (at.b * groups + at.g) * shares
     for r in range(at.rows):

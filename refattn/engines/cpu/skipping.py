@@ -119,7 +119,7 @@ def _centre(x: Arrays, storage: int) -> Array:
 def told(plan: Score, few: bool) -> str | None:
     """For `explain`: where leaving out may begin; None for a plan of which no key is left out.
 
-    `few`: whether `decode` runs it, which leaves out keys of a cache alone, as `cached` says.
+    `few`: whether `decode` runs it, which leaves out keys of a cache alone, as `remote` says.
 
     In natural units a tile of keys goes once slope · distance > 2 c + ln n + ln 1 / (4 ε u), where c is the greatest
     scale |q||k|; values that nearly cancel, and short heads of a large value, put it off.

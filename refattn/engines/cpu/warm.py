@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from refattn.cache import extend
-from refattn.engines.cpu import _jit, adjoint, backward, cached, decode, fast, forward, score, skipping, storage
+from refattn.engines.cpu import _jit, adjoint, backward, cached, decode, fast, forward, remote, score, skipping, storage
 from refattn.engines.cpu.operands import prepare
 from refattn.engines.cpu.vectors import INT8
 from refattn.plan import Bias, Dense, Score, Slope
@@ -63,7 +63,7 @@ def kernels() -> Iterator[Kernel]:
         literal = cached.literal(code)
         name = f"norms of a cache, {kind}"
         yield Kernel(name, (cached.of_keys(literal), cached.of_values(literal)), partial(_cached, kind, long))
-    yield Kernel("choice of tiles of a cache", (cached.leave(),), partial(_cached, np.dtype(np.float32), long))
+    yield Kernel("choice of tiles of a cache", (remote.leave(),), partial(_cached, np.dtype(np.float32), long))
     yield from _decode(np.dtype(np.int8), INT8)
     for lq in (_LONG, 2):
         shape = forward.shape_for(1, lq)
