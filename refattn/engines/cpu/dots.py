@@ -169,7 +169,7 @@ def blend(
 ) -> None:
     """o[r] = factor[r] o[r] + Σ_n w[r,n] v[n] / `UNIT` for r < rows; o's rows are `stride` bytes apart.
 
-    v's follow each other. By two rows, so that their sums and a whole row of v fit the registers and v is read in order.
+    v's follow each other. By two rows, so that their sums and a whole row of v fit the registers, v read in order.
     """
 
     def some(r: Any, size: int, near: Any) -> None:
