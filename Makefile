@@ -16,7 +16,7 @@ golden: .venv/.ok  ## regenerate every committed golden case and compare it byte
 test: .venv/.ok  ## the whole test suite, on the CPU
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-bench: .venv/.docs  ## 24 problems beside the peers that are installed; writes docs/bench.md; see bench/README.md
+bench: .venv/.docs  ## 26 problems beside the peers that are installed; writes docs/bench.md; see bench/README.md
 	PYTHONPATH=. $(BIN)/python -m bench
 
 bench-full: .venv/.docs  ## every problem of the grid, for hours; goes on where it was cut off

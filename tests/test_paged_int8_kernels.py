@@ -274,6 +274,6 @@ def test_threads_change_no_bit(kv, rng, monkeypatch):
 
 def test_what_is_repeated_of_a_scale_is_kept_once(rng):
     inputs = integers(rng, qkv(rng, 2, 4, 2, 1, 70, 8, 8), (1, 2, 1))
-    kept = blocks.blocks(unread.plan(problem(ra.SDPA(kv="int8"), inputs)))
+    kept = blocks.blocks(unread.plan(problem(ra.SDPA(kv="int8"), inputs)), 70)
     assert kept.k_scale.shape == (2,)
     same(kept.k_steps, np.array([0, 1, 0]))

@@ -46,7 +46,9 @@ def refuses(problem: Problem) -> str | None:
 def skips(problem: Problem) -> str | None:
     """What of the problem is left out because it is proved not to count, or None."""
     plan = problem.outline or problem.plan
-    return skipping.told(plan) if isinstance(plan, Score) else None
+    if not isinstance(plan, Score):
+        return None
+    return skipping.told(plan, fast.few(plan, plan.q.shape[1] // plan.k.shape[1] * plan.q.shape[2], keys(plan)))
 
 
 def run(problem: Problem) -> Outputs:
@@ -115,7 +117,9 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
     few = fast.few(plan, count, k.shape[2])
     if k.dtype != v.dtype or storage_of(k) is None:
         k, v = widened(k), widened(v)
-    q, k, v = converted(q, q.dtype), converted(k, k.dtype), converted(v, v.dtype)
+    q = converted(q, q.dtype)
+    if not few:
+        k, v = converted(k, k.dtype), converted(v, v.dtype)
     # Logits of an infinity in q are all infinite or NaN, and their row is one of doubt, unless a cap, a sink or a
     # sigmoid makes numbers of them.
     doubted = plan.sink is plan.softcap is None and plan.normalizer == "softmax"
@@ -144,10 +148,10 @@ def _packed(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) -
     if not fast.takes(plan) or not fast.few(plan, q.shape[1] // k.shape[1] * q.shape[2], keys(plan)):
         row = in_a_row(plan, k, v)
         return _outputs(row, q, row.k, row.v, kind)
-    numbers = widened(q), k, v
+    numbers = k, v
     if k.dtype != v.dtype or stored(k) is None:
-        numbers = widened(q), widened(k), widened(v)
-    out, lse, redo = fast.run(plan, *(converted(a, a.dtype) for a in numbers))
+        numbers = widened(k), widened(v)
+    out, lse, redo = fast.run(plan, converted(widened(q), np.float32), *numbers)
     if redo.any():
         row = in_a_row(plan, k, v)
         again = _outputs(row, q, row.k, row.v, kind)

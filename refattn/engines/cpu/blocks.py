@@ -19,7 +19,8 @@ from refattn.plan import Score, keys
 class Blocks(NamedTuple):
     """Key j of sequence b and key head g is slot j mod S of block table[b, j div S], of (N,Hkv,S,D).
 
-    table (B,M) int64; keys in a row are one block for each sequence. size: S. k_scale, v_scale: float32, flat, none for
+    table (B,M) int64; keys in a row are one block for each sequence. size: S. left (B·Hkv,tiles) bool: tiles of keys
+    that need not be read, (B·Hkv,0) for none. k_scale, v_scale: float32, flat, none for
     what is no integer; k_steps, v_steps (3,) int64: what one step in block, head and slot adds to an index of theirs.
     """
 
@@ -29,14 +30,13 @@ class Blocks(NamedTuple):
     k_steps: Array
     v_scale: Array
     v_steps: Array
+    left: Array
 
 
-def blocks(plan: Score) -> Blocks:
-    """Of a plan's k and v."""
-    table, size = plan.pages, int(plan.k.shape[2])
-    if table is None:
-        table = np.arange(plan.q.shape[0])[:, None]
-    return Blocks(np.array(table, np.int64), size, *_flat(plan.k_scale), *_flat(plan.v_scale))
+def blocks(plan: Score, size: int) -> Blocks:
+    """Of a plan whose k and v have so many slots in a block, or in a row: at least as many as keys."""
+    table = np.arange(plan.q.shape[0])[:, None] if plan.pages is None else plan.pages
+    return Blocks(np.array(table, np.int64), size, *_flat(plan.k_scale), *_flat(plan.v_scale), _NONE)
 
 
 def _flat(scale: Any) -> tuple[Array, Array]:
@@ -46,6 +46,9 @@ def _flat(scale: Any) -> tuple[Array, Array]:
     once = scale[tuple(slice(None, None if step else 1) for step in scale.strides)]
     steps = np.where(np.array(once.shape) > 1, np.cumprod((1, *once.shape[:0:-1]))[::-1], 0)
     return np.array(once, np.float32, order="C").reshape(-1), steps.astype(np.int64)
+
+
+_NONE = np.zeros((1, 0), np.bool_)
 
 
 def stored(array: Array) -> int | None:
@@ -143,10 +146,10 @@ def scales(to: Array, numbers: Array, steps: Array, x: Blocks, b: int, g: int, j
         m, slot = (j + n) // x.size, (j + n) % x.size
         first = x.table[b, m] * steps[0] + g * steps[1] + slot * steps[2]
         run = min(count - n, x.size - slot)
+        own, some = to[n : n + run], numbers[first:]
         if steps[2] == 1:
             for i in range(run):
-                to[n + i] = numbers[first + i]
+                own[i] = some[i]
         else:
-            for i in range(run):
-                to[n + i] = numbers[first]
+            own[:] = some[0]
         n += run

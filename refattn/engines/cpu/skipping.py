@@ -37,13 +37,13 @@ from refattn.engines.cpu.bounds import afford, gauge, lengths, peaks, squares
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.vectors import BFLOAT16, FLOAT16, FLOAT32
 from refattn.engines.cpu.work import KEYS, Array, Arrays, Rows, Tile
-from refattn.plan import Dense, Score, Slope
+from refattn.plan import Dense, Score, Slope, Table
 
 VARIABLE = "REFATTN_SKIPPING"
 EPSILON = 2.0**-4  # of the published bound
 SHORTEST = 512  # keys: below, the bounds cost more than they spare
 SLACK = 2.0**-10  # relative, of lengths and distances: more than they round for D up to 4096
-_DEEPEST = 4096
+DEEPEST = 4096
 _SAMPLE = 256  # keys that a centre is the mean of
 _COMMON = 10  # scale |q||k| of the example that `told` gives
 OUT, LSE = (np.float32(math.log2(EPSILON * n * 2.0**-24) - 2.0**-4) for n in (7, 4))  # bits, less what is rounded here
@@ -91,7 +91,7 @@ _NONE = Norms(
 def norms(x: Arrays, width: int, storage: int) -> Norms:
     """Of a plan whose bias falls with distance and has no array to be searched; else nothing is left out."""
     batch, heads, groups, lq, lk, depth, size = x.sizes
-    wanted = x.sloping and lq >= KEYS and lk >= SHORTEST and depth <= _DEEPEST
+    wanted = x.sloping and lq >= KEYS and lk >= SHORTEST and depth <= DEEPEST
     if not wanted or x.bias_strides.size or x.sigmoid or not (x.slopes > 0).any() or os.environ.get(VARIABLE) == "0":
         return _NONE
     centre = _centre(x, storage)
@@ -100,7 +100,7 @@ def norms(x: Arrays, width: int, storage: int) -> Norms:
     return Norms(
         on=True,
         centre=centre,
-        slack=(_DEEPEST * 2.0**-23 * np.linalg.norm(centre, axis=-1)).astype(np.float32),
+        slack=(DEEPEST * 2.0**-23 * np.linalg.norm(centre, axis=-1)).astype(np.float32),
         keys=keys,
         before=np.maximum.accumulate(keys, axis=2),
         scales=scales,
@@ -143,8 +143,10 @@ def _centre(x: Arrays, storage: int) -> Array:
     return np.where(np.isfinite(mean), mean, np.float32(0))
 
 
-def told(plan: Score) -> str | None:
+def told(plan: Score, few: bool) -> str | None:
     """For `explain`: where leaving out may begin; None for a plan of which no key is left out.
+
+    `few`: whether `decode` runs it, which leaves out keys of a cache alone, as `remote` says.
 
     In natural units a tile of keys goes once slope · distance > 2 c + ln n + ln 1 / (4 ε u), where c is the greatest
     scale |q||k|; values that nearly cancel, and short heads of a large value, put it off.
@@ -152,13 +154,17 @@ def told(plan: Score) -> str | None:
     slopes = sum((b.slopes for b in plan.bias if isinstance(b, Slope)), np.zeros(plan.q.shape[1]))
     lq, lk = plan.q.shape[2], plan.k.shape[2]
     plain = plan.normalizer == "softmax" and not any(isinstance(b, Dense) for b in plan.bias)
-    if not (plain and (slopes > 0).any() and lk >= SHORTEST and lq >= KEYS):
+    if not (plain and (slopes > 0).any() and lk >= SHORTEST and (few or lq >= KEYS)):
+        return None
+    packed = plan.pages is not None or plan.k_scale is not None
+    if few and (packed or (slopes < 0).any() or any(isinstance(b, Table) for b in plan.bias)):
         return None
     if os.environ.get(VARIABLE) == "0":
         return f"{VARIABLE}=0: no key is left out"
     bits = 2 * _COMMON + math.log(KEYS) - math.log(4 * EPSILON * 2.0**-24)
     first = ", ".join(f"{bits / slope:.0f}" if slope > 0 else "never" for slope in slopes.tolist())
     return (
+        f"{'of k and v that refattn.extend has grown, ' if few else ''}"
         f"keys that together are proved to weigh less than 1/{1 / EPSILON:.0f} of the published bound are left out; "
         f"where scale |q||k| is at most {_COMMON}, from about these distances on, head by head: {first}; gradients of "
         f"q, k and v likewise, not under a softcap and not beside those of biases, which leave out weights of 0 alone"

@@ -12,7 +12,21 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from refattn.engines.cpu import _jit, adjoint, backward, decode, fast, forward, score, skipping, sparing, storage
+from refattn.cache import extend
+from refattn.engines.cpu import (
+    _jit,
+    adjoint,
+    backward,
+    cached,
+    decode,
+    fast,
+    forward,
+    remote,
+    score,
+    skipping,
+    sparing,
+    storage,
+)
 from refattn.engines.cpu.operands import prepare
 from refattn.engines.cpu.vectors import INT8
 from refattn.plan import Bias, Dense, Score, Slope
@@ -59,6 +73,10 @@ def kernels() -> Iterator[Kernel]:
         norms = (skipping._measure(shape.width << 16 | 1 << 8 | 1 | code << 24),)
         yield Kernel(f"norms of keys, {kind}", norms, partial(_run, kind, long, long, falling))
         yield from _decode(kind, code)
+        literal = cached.literal(code)
+        name = f"norms of a cache, {kind}"
+        yield Kernel(name, (cached.of_keys(literal), cached.of_values(literal)), partial(_cached, kind, long))
+    yield Kernel("choice of tiles of a cache", (remote.leave(),), partial(_cached, np.dtype(np.float32), long))
     yield from _decode(np.dtype(np.int8), INT8)
     for lq in (_LONG, 2):
         shape = forward.shape_for(1, lq)
@@ -107,6 +125,12 @@ def _read(kind: np.dtype[Any], tabled: bool) -> None:
     if tabled:
         plan = replace(plan, pages=np.zeros((1, 1), np.int64), lengths=(np.ones(1, np.int64), np.ones(1, np.int64)))
     fast.run(plan, plan.q.astype(np.float32), plan.k, plan.v)
+
+
+def _cached(kind: np.dtype[Any], lk: int) -> None:
+    plan = _plan(kind, 1, lk, (Slope(slopes=np.ones(1)),))
+    held = extend(plan.k[:, :, :0], plan.k, 2)
+    fast.run(plan, plan.q.astype(np.float32), held, held)
 
 
 def _backward(lq: int, lk: int = _LONG, bias: tuple[Bias, ...] = ()) -> None:
