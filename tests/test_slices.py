@@ -141,6 +141,14 @@ FAMILIES = {
     "ALiBi and window": (ra.SDPA(causal="bottom_right", window=(9, None), bias=ra.ALiBi()), {}, None),
     "finite mask": (ra.SDPA(), {"bias": np.where(np.arange(37) < 30, 0.0, -(2.0**100))}, None),
     "masked by infinity": (ra.SDPA(), {"bias": np.where(np.arange(19)[:, None] < 3, -np.inf, np.arange(37.0))}, None),
+    **{
+        f"biases that cancel from 2^{n}": (
+            ra.SDPA(bias=ra.ALiBi(slopes=(2.0**n, 1.0, 0.5, 0.25))),
+            {"bias": np.eye(4)[0][:, None, None] * 2.0**n * np.abs(np.arange(18.0, 37.0)[:, None] - np.arange(37.0))},
+            None,
+        )
+        for n in (40, 80)
+    },
     "sink above": (ra.SDPA(), {"sink": np.array([0.0, 40.0, -40.0, 300.0])}, None),
     "sink and empty rows": (
         ra.SDPA(),
@@ -289,6 +297,15 @@ def test_plain_float64_stays_within_its_limits(name, monkeypatch):
         ok = np.isfinite(found.value)
         np.testing.assert_array_less(np.abs(found.value[ok] - found.centre[ok]), found.bound[ok])
         assert (found.bound[ok] < 1e-9 * (1 + np.abs(found.value[ok]).max(initial=0.0))).all(), output
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_family_is_refuted(rng, name, monkeypatch):
+    """Weights that count as 0 make gradients of 10^-60, which float64 sees as well as any."""
+    monkeypatch.setattr(certified, "LARGE", 0)
+    spec, extras, change = FAMILIES[name]
+    problem, weights = built(spec, rng, change=change, **{n: a.copy() for n, a in extras.items()})
+    certified.certify(problem, weights, tuple(problem.real_inputs()), bits=(128,))
 
 
 def test_a_value_far_from_float64_is_refused(rng, monkeypatch):

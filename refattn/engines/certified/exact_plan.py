@@ -72,6 +72,8 @@ def _lowered(problem: Problem) -> tuple[Score, dict[int, str]] | None:
     for they have to be leaves themselves; so do q, k and v.
     """
     real = {n: a.astype(np.float64, copy=False) for n, a in problem.real_inputs().items()}
+    if not set("qkv") <= real.keys():
+        return None
     given = {n: _nan(a.shape) if n in "qkv" or a.size > _LIFTED else BALLS.real(a) for n, a in real.items()}
     try:
         lowered = problem.lowered(dict(problem.inputs) | given)

@@ -25,6 +25,7 @@ from refattn.engines.certified.enclosure import Enclosure
 from refattn.engines.certified.exact_plan import ExactPlan, exact_plan
 from refattn.engines.certified.fixed import BLOCK, Pairs, zeros
 from refattn.engines.certified.plain_check import Strain, strain
+from refattn.engines.certified.twofold import ADD
 from refattn.errors import Undecided
 from refattn.plan import Score, Slope, relative, row_of, sees
 from refattn.problem import Problem
@@ -166,7 +167,8 @@ def forward(given: ExactPlan, at: Rows, found: Mapping[str, Pairs], limits: Mapp
 
     reach_v = np.abs(value).max(0, initial=0.0)
     farthest = np.abs(np.where(live, plan.scale * dots, 0.0)).max(1, initial=0.0)
-    size = np.abs(top) + 2 * farthest + kernels.FAR + (0.0 if plan.sink is None else abs(plan.sink[at.h]))
+    # Of several biases beta measures the sizes, which their sum does not.
+    size = np.abs(top) + 2 * farthest + kernels.FAR + beta / ADD + (0.0 if sink is None else abs(plan.sink[at.h]))
     terms = live.sum(1) + value.shape[1] + plan.q.shape[1] // plan.k.shape[1] * plan.q.shape[2]
     strained = strain(size, terms, np.abs(given.dout[at.key]) @ reach_v / given.probability, given.dlse[at.key])
     limits["out"][at.key] = strained.weight * reach_v / given.probability
@@ -210,7 +212,7 @@ class Backward:
         dq.e[:] += fixed.error(ds.e, key)
         self.d["q"].put(x.at.key, dq)
         for sums in self.bias.values():
-            sums.add(x, parts, ds.e, w.h * x.strain.score)
+            sums.add(x, parts, ds.e, (w.h + w.e) * x.strain.score)
         self._collect("k", x, parts, ds.e, query)
 
         parts = fixed.cut(w, _TOP)
@@ -237,9 +239,11 @@ class Backward:
     def _limit(self, x: Weights, w: Pairs, query: Floats, key: Floats, dout: Floats) -> None:
         scale, at = abs(self.given.plan.scale), (x.at.b, x.at.g, x.keys)
         q, k, do = (np.abs(a).max(0, initial=0.0) for a in (query, key, dout))
+        # Weights that count as 0 have their size for an error.
+        most = w.h + w.e
         self.limits["q"][x.at.key] = scale * x.strain.score * k
-        self.limits["k"][at] += scale * (w.h * x.strain.score).sum(0)[:, None] * q
-        self.limits["v"][at] += (w.h * x.strain.weight).sum(0)[:, None] * do / self.given.probability
+        self.limits["k"][at] += scale * (most * x.strain.score).sum(0)[:, None] * q
+        self.limits["v"][at] += (most * x.strain.weight).sum(0)[:, None] * do / self.given.probability
 
     def _add_sink(self, x: Weights, inverse: Pairs, delta: Pairs) -> None:
         """Minus Σ_i w δ, w the sink's own weight."""
@@ -251,7 +255,7 @@ class Backward:
         total = zeros(1)
         kernels.inner(np.ones((1, len(found.h))), found.h.T.copy(), found.l.T.copy(), found.e.T.copy(), *total)
         self.sink.put([x.at.h], self.sink.at([x.at.h]).plus(total))
-        self.limits["sink"][x.at.h] += (w.h * x.strain.score).sum()
+        self.limits["sink"][x.at.h] += ((w.h + w.e) * x.strain.score).sum()
 
     def flush(self, b: int, g: int) -> None:
         """Add the sums of slices to dk and dv of a key head, and begin anew."""
