@@ -25,7 +25,6 @@ from refattn.engines.certified.enclosure import Enclosure
 from refattn.engines.certified.exact_plan import ExactPlan, exact_plan
 from refattn.engines.certified.fixed import BLOCK, Pairs, zeros
 from refattn.engines.certified.plain_check import Strain, strain
-from refattn.engines.certified.twofold import ADD
 from refattn.errors import Undecided
 from refattn.plan import Score, Slope, relative, row_of, sees
 from refattn.problem import Problem
@@ -126,7 +125,7 @@ def forward(given: ExactPlan, at: Rows, found: Mapping[str, Pairs], limits: Mapp
     live, keys = _seen(plan, at)
     value = plan.v[at.b, at.g, keys]
     dots = plan.q[at.key] @ plan.k[at.b, at.g, keys].T
-    bias = _bias(plan, at, keys, live)
+    bias, biased = _bias(plan, at, keys, live)
     beta = float(bias.e.max(initial=0.0))
     # Any double will do for the maximum: the shift is exact and cancels.
     top = np.max(np.where(live, plan.scale * dots + bias.h, -np.inf), 1, initial=-np.inf)
@@ -167,8 +166,7 @@ def forward(given: ExactPlan, at: Rows, found: Mapping[str, Pairs], limits: Mapp
 
     reach_v = np.abs(value).max(0, initial=0.0)
     farthest = np.abs(np.where(live, plan.scale * dots, 0.0)).max(1, initial=0.0)
-    # Of several biases beta measures the sizes, which their sum does not.
-    size = np.abs(top) + 2 * farthest + kernels.FAR + beta / ADD + (0.0 if sink is None else abs(plan.sink[at.h]))
+    size = np.abs(top) + 2 * farthest + biased + kernels.FAR + (0.0 if sink is None else abs(plan.sink[at.h]))
     terms = live.sum(1) + value.shape[1] + plan.q.shape[1] // plan.k.shape[1] * plan.q.shape[2]
     strained = strain(size, terms, np.abs(given.dout[at.key]) @ reach_v / given.probability, given.dlse[at.key])
     limits["out"][at.key] = strained.weight * reach_v / given.probability
@@ -322,9 +320,12 @@ def _seen(plan: Score, at: Rows) -> tuple[Bools, slice]:
     return np.ascontiguousarray(seen[:, keys]), keys
 
 
-def _bias(plan: Score, at: Rows, keys: slice, live: Bools) -> Pairs:
-    """Sum of a few rows' biases, 0 in pairs that are not live; one alone is exact."""
-    total = zeros(*live.shape)
+def _bias(plan: Score, at: Rows, keys: slice, live: Bools) -> tuple[Pairs, Floats]:
+    """Sum of a few rows' biases, 0 in pairs that are not live; one alone is exact.
+
+    And what several are at most, (rows,), which their sum does not tell; 0 of one.
+    """
+    total, size = zeros(*live.shape), np.zeros(live.shape)
     for n, bias in enumerate(plan.bias):
         own = zeros(*live.shape)
         if isinstance(bias, Slope):
@@ -335,7 +336,8 @@ def _bias(plan: Score, at: Rows, keys: slice, live: Bools) -> Pairs:
         for a in own:
             a[~live] = 0.0
         total = total.plus(own) if n else own
-    return total
+        size += np.abs(own.h)
+    return total, size.max(1, initial=0.0) * (len(plan.bias) > 1)
 
 
 def _entries(mask: NDArray[Any], plan: Score, at: Rows) -> Bools:
