@@ -6,7 +6,7 @@ of doubles, cut into slices that are:
 
     p_ij = e^(s_ij − m_i),  Z_i = Σ_j p_ij,  N_i = Σ_j p_ij v_j;     out = N / Z,  lse = m + log Z
     W = p / Z,  δ_i = Σ_d dout_id out_id − dlse_i,  dS = W (dout·v − δ)
-    dq = scale dS k,  dk = scale dSᵀ q,  dv = Wᵀ dout,  dbias = dS,  dsink = −Σ_i e^(sink − lse_i) δ_i
+    dq = scale dS k,  dk = scale dSᵀ q,  dv = Wᵀ dout,  dbias = dS,  dslope = −Σ dS |j − i|,  dsink = −Σ_i e^(sink − lse_i) δ_i
 
 Kept weights are divided by their probability at the end: δ stands for it times δ on the way. A row with one live key
 has W = 1, and dS = dlse, as identities. docs/certification.md derives the radii.
@@ -185,7 +185,10 @@ class Backward:
         self.errors = {n: zeros(*getattr(plan, n).shape[2:]).e for n in "kv"}
         self.pending = 0
         self.sink = None if plan.sink is None else zeros(len(plan.sink))
-        self.bias = {n: _BiasSum(given, n) for n in given.biases}
+        slopes = {n for n in given.biases if isinstance(plan.bias[n], Slope)}
+        self.bias: dict[int, _BiasSum | _SlopeSum] = {
+            n: _SlopeSum(given) if n in slopes else _BiasSum(given, n) for n in given.biases
+        }
         self.limits = {n: np.zeros(np.shape(getattr(plan, n))) for n in ("q", "k", "v", "sink")}
 
     def rows(self, x: Weights) -> None:
@@ -210,7 +213,7 @@ class Backward:
         dq.e[:] += fixed.error(ds.e, key)
         self.d["q"].put(x.at.key, dq)
         for sums in self.bias.values():
-            sums.add(x, parts, ds.e, (w.h + w.e) * x.strain.score)
+            sums.add(x, ds, parts, (w.h + w.e) * x.strain.score)
         self._collect("k", x, parts, ds.e, query)
 
         parts = fixed.cut(w, _TOP)
@@ -291,8 +294,9 @@ class _BiasSum:
         self.parts, self.errors = np.zeros((given.fixed.count, *full)), np.zeros(full)
         self.limits = np.zeros(full)
 
-    def add(self, x: Weights, parts: Floats, error: Floats, limit: Floats) -> None:
+    def add(self, x: Weights, ds: Pairs, parts: Floats, limit: Floats) -> None:
         """A few rows."""
+        error = ds.e
         _, batch, heads, lq, lk = self.parts.shape
         if lk == 1:
             parts, error, limit = (a.sum(-1, keepdims=True) for a in (parts, error, limit))
@@ -312,6 +316,27 @@ class _BiasSum:
         return Pairs(*(a.reshape(self.shape) for a in found))
 
 
+class _SlopeSum:
+    """−Σ dS |distance| of each head, in pairs."""
+
+    def __init__(self, given: ExactPlan) -> None:
+        heads = given.plan.q.shape[1]
+        self.given, self.sums, self.limits = given, zeros(heads), np.zeros(heads)
+
+    def add(self, x: Weights, ds: Pairs, parts: Floats, limit: Floats) -> None:
+        """A few rows."""
+        distance = _distance(self.given.plan, x.at, x.keys)
+        rows, total = zeros(len(distance)), zeros(1)
+        kernels.inner(-distance, *ds, *rows)
+        kernels.inner(np.ones((1, len(distance))), rows.h[None], rows.l[None], rows.e[None], *total)
+        self.sums.put([x.at.h], self.sums.at([x.at.h]).plus(total))
+        self.limits[x.at.h] += (limit * distance).sum()
+
+    def total(self) -> Pairs:
+        """(Hq,)."""
+        return self.sums
+
+
 def _seen(plan: Score, at: Rows) -> tuple[Bools, slice]:
     """Live pairs (rows, keys) of the keys from the first to the last that a row sees, and which keys these are."""
     seen = np.array([sees(plan, at.b, at.h, i) for i in at.each()])
@@ -329,8 +354,7 @@ def _bias(plan: Score, at: Rows, keys: slice, live: Bools) -> tuple[Pairs, Float
     for n, bias in enumerate(plan.bias):
         own = zeros(*live.shape)
         if isinstance(bias, Slope):
-            distance = np.array([np.abs(relative(plan, at.b, i)[keys]) for i in at.each()], np.float64)
-            kernels.slope_bias(float(bias.slopes[at.h]), distance, own.h, own.l)
+            kernels.slope_bias(float(bias.slopes[at.h]), _distance(plan, at, keys), own.h, own.l)
         else:
             own.h[:] = [row_of(bias, plan, at.b, at.h, i)[keys] for i in at.each()]
         for a in own:
@@ -338,6 +362,11 @@ def _bias(plan: Score, at: Rows, keys: slice, live: Bools) -> tuple[Pairs, Float
         total = total.plus(own) if n else own
         size += np.abs(own.h)
     return total, size.max(1, initial=0.0) * (len(plan.bias) > 1)
+
+
+def _distance(plan: Score, at: Rows, keys: slice) -> Floats:
+    """|position(j) − position(i)| of a few rows."""
+    return np.array([np.abs(relative(plan, at.b, i)[keys]) for i in at.each()], np.float64)
 
 
 def _entries(mask: NDArray[Any], plan: Score, at: Rows) -> Bools:
