@@ -6,7 +6,8 @@ of doubles, cut into slices that are:
 
     p_ij = e^(s_ij − m_i),  Z_i = Σ_j p_ij,  N_i = Σ_j p_ij v_j;     out = N / Z,  lse = m + log Z
     W = p / Z,  δ_i = Σ_d dout_id out_id − dlse_i,  dS = W (dout·v − δ)
-    dq = scale dS k,  dk = scale dSᵀ q,  dv = Wᵀ dout,  dbias = dS,  dslope = −Σ dS |j − i|,  dsink = −Σ_i e^(sink − lse_i) δ_i
+    dq = scale dS k,  dk = scale dSᵀ q,  dv = Wᵀ dout,  dbias = dS,  dslope = −Σ dS |j − i|
+    dsink = −Σ_i e^(sink − lse_i) δ_i
 
 Kept weights are divided by their probability at the end: δ stands for it times δ on the way. A row with one live key
 has W = 1, and dS = dlse, as identities. docs/certification.md derives the radii.
