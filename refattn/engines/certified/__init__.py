@@ -46,12 +46,14 @@ if TYPE_CHECKING:
     from refattn.engines.certified.slices import Sliced
 
 __all__ = [
-    "BITS", "ENCLOSED", "EXACT", "IDENTITY", "PROPAGATED", "ROUNDED", "STATUS",
+    "BITS", "ENCLOSED", "EXACT", "IDENTITY", "PROPAGATED", "ROUNDED", "STATUS", "TIERS",
     "Certificate", "certify", "name", "refuses",
 ]  # fmt: skip
 
 name = "certified"
 BITS = (128, 512, 4096)
+TIERS = ("none", "slices", "pairs", "balls", "field")
+UNDECIDED, BY_SLICES, BY_PAIRS, BY_BALLS, BY_FIELD = range(len(TIERS))
 # Pairs of a query and a key from which on the exact-slice tier is tried first.
 LARGE = 1 << 16
 # Operations from which on pairs of doubles take less time than balls.
@@ -64,7 +66,7 @@ class Certificate:
 
     value: float64 rounded to odd; rne: rounded to nearest even; status: a code of `STATUS` per element; width: how far
     an enclosed value may lie from the exact one (0 elsewhere); centre, bound: the independent float64 evaluation and
-    its proved error.
+    its proved error; tier: which of TIERS decided, which depends on the size of the problem and on nothing it is worth.
     """
 
     value: NDArray[np.float64]
@@ -73,6 +75,7 @@ class Certificate:
     width: NDArray[np.float64]
     centre: NDArray[np.float64]
     bound: NDArray[np.float64]
+    tier: NDArray[np.uint8]
 
 
 def certify(
@@ -80,8 +83,11 @@ def certify(
     cotangents: Mapping[str, NDArray[Any]] | None = None,
     wrt: Sequence[str] = (),
     bits: Sequence[int] = BITS,
+    fast: bool | None = None,
 ) -> dict[str, Certificate]:
     """Certificates of every output and, for cotangents, of the gradients d<name>; `bits` are the precisions tried.
+
+    `fast`: whether exact slices and pairs of doubles are tried before balls: None, where that saves time.
 
     Raises
     ------
@@ -90,11 +96,13 @@ def certify(
     """
     arithmetic.check()
     task = Task(problem, cotangents or {}, wrt)
-    sliced = _on_slices(task)
+    sliced = _on_slices(task) if fast or (fast is None and _many_pairs(problem)) else None
     decided: dict[str, Rounded] = {}
+    by: dict[str, NDArray[np.uint8]] = {}
     if sliced is not None:
         decided = {n: round_enclosed(x, problem.dtype == np.float64) for n, x in sliced.enclosures.items()}
-    for tier in tiers(bits):
+        by = {n: np.where(x.status != ENCLOSED, BY_SLICES, UNDECIDED).astype(np.uint8) for n, x in decided.items()}
+    for code, tier in tiers(bits, fast or (fast is None and _many_operations(problem))):
         if decided and not still_open(decided):
             break
         try:
@@ -102,6 +110,9 @@ def certify(
         except Undecided:
             continue
         decided |= {name: better(decided.get(name), part) for name, part in found.items()}
+        for name in found:
+            was = by.get(name, np.full(decided[name].odd.shape, UNDECIDED, np.uint8))
+            by[name] = np.where((was == UNDECIDED) & (decided[name].status != ENCLOSED), code, was).astype(np.uint8)
     if not decided:
         raise Undecided(f"a decision in {problem.spec.variant} stays open at {bits[-1]} bits")
     if sliced is not None:
@@ -109,16 +120,16 @@ def certify(
     else:
         checks = _in_float64(problem, task.cotangents, wrt)
     clean = all(np.isfinite(a.astype(np.float64)).all() for a in problem.real_inputs().values())
-    return {name: _checked(name, part, checks[name], clean) for name, part in decided.items()}
+    return {name: _checked(name, part, checks[name], clean, by[name]) for name, part in decided.items()}
 
 
-def tiers(bits: Sequence[int]) -> list[Tier]:
+def tiers(bits: Sequence[int], pairs: bool = True) -> list[tuple[int, Tier]]:
     """What is tried in turn: pairs, balls, and behind all balls but the first the exactness test."""
-    found: list[Tier] = [_on_pairs]
+    found: list[tuple[int, Tier]] = [(BY_PAIRS, _on_pairs)] if pairs else []
     for precision in bits:
-        found += [partial(_on_balls, bits=precision)]
+        found += [(BY_BALLS, partial(_on_balls, bits=precision))]
         if precision != bits[0] or len(bits) == 1:
-            found += [partial(exactness, bits=precision)]
+            found += [(BY_FIELD, partial(exactness, bits=precision))]
     return found
 
 
@@ -133,11 +144,19 @@ def _in_float64(problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[s
     return {name: Bounded(space, a, np.full(np.shape(a), np.inf)) for name, a in plain.items()}
 
 
+def _many_pairs(problem: Problem) -> bool:
+    """Whether balls would take longer than the kernels of slices take to compile."""
+    sizes = problem.sizes
+    return {"B", "Hq", "Lq", "Lk"} <= set(sizes) and math.prod(sizes[n] for n in ("B", "Hq", "Lq", "Lk")) >= LARGE
+
+
+def _many_operations(problem: Problem) -> bool:
+    """Whether pairs take less time than balls."""
+    module = problem.variant
+    return hasattr(module, "operations") and module.operations(problem.spec, problem.sizes)[0] >= PAIRS_FROM
+
+
 def _on_slices(task: Task) -> Sliced | None:
-    """The exact-slice tier, where balls would take longer than its kernels take to compile."""
-    sizes = task.problem.sizes
-    if not {"B", "Hq", "Lq", "Lk"} <= set(sizes) or math.prod(sizes[n] for n in ("B", "Hq", "Lq", "Lk")) < LARGE:
-        return None
     from refattn.engines.certified import pairs_kernels, slices
 
     # What Numba compiles is tried once for both tiers.
@@ -146,10 +165,6 @@ def _on_slices(task: Task) -> Sliced | None:
 
 
 def _on_pairs(task: Task, decided: Mapping[str, Rounded]) -> dict[str, Rounded]:
-    """Where the problem is so large that they save time."""
-    problem, module = task.problem, task.problem.variant
-    if not hasattr(module, "operations") or module.operations(problem.spec, problem.sizes)[0] < PAIRS_FROM:
-        return {}
     from refattn.engines.certified import pairs
 
     return answered(task, decided, lambda part: pairs.enclose(part.problem, part.cotangents, part.wrt) or {})
@@ -168,7 +183,7 @@ def _in_balls(task: Task, bits: int) -> Mapping[str, Enclosing]:
         ctx.prec = before
 
 
-def _checked(name: str, found: Rounded, check: Any, clean: bool) -> Certificate:
+def _checked(name: str, found: Rounded, check: Any, clean: bool, by: NDArray[np.uint8]) -> Certificate:
     value, width = found.odd, found.width
     with np.errstate(invalid="ignore", over="ignore"):
         near = np.abs(value - check.x) <= check.e + np.spacing(np.abs(value)) + width
@@ -182,7 +197,7 @@ def _checked(name: str, found: Rounded, check: Any, clean: bool) -> Certificate:
             f"{name}{list(where)}: balls say {value[where]!r}, float64 says {check.x[where]!r} ± {check.e[where]!r}; "
             "one of the two arithmetics is wrong, please report this"
         )
-    return Certificate(value, found.nearest, found.status, width, check.x, check.e)
+    return Certificate(value, found.nearest, found.status, width, check.x, check.e, by)
 
 
 def refuses(problem: Problem) -> str | None:

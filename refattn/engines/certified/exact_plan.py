@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from refattn.engines.certified.balls import BALLS, Balls
 from refattn.engines.certified.fixed import Fixed, fixed, whole
 from refattn.errors import RefattnError
-from refattn.plan import Dense, Score, leaves, map_leaves
+from refattn.plan import Dense, Score, Slope, leaves, map_leaves
 from refattn.problem import Problem
 
 Floats = NDArray[np.float64]
@@ -72,6 +72,8 @@ def _lowered(problem: Problem) -> tuple[Score, dict[int, str]] | None:
     for they have to be leaves themselves; so do q, k and v.
     """
     real = {n: a.astype(np.float64, copy=False) for n, a in problem.real_inputs().items()}
+    if not set("qkv") <= real.keys():
+        return None
     given = {n: _nan(a.shape) if n in "qkv" or a.size > _LIFTED else BALLS.real(a) for n, a in real.items()}
     try:
         lowered = problem.lowered(dict(problem.inputs) | given)
@@ -84,8 +86,9 @@ def _lowered(problem: Problem) -> tuple[Score, dict[int, str]] | None:
     values = {id(leaf): real[names[id(leaf)]] if id(leaf) in names else _doubles(leaf) for leaf in all_leaves}
     if any(a is None for a in values.values()):
         return None
-    biases = {n: names.get(id(b.values)) for n, b in enumerate(lowered.bias) if isinstance(b, Dense)}
-    return map_leaves(lowered, lambda leaf: values[id(leaf)]), {n: name for n, name in biases.items() if name}
+    owned = {n: b.slopes if isinstance(b, Slope) else b.values for n, b in enumerate(lowered.bias)}
+    biases = {n: names[id(leaf)] for n, leaf in owned.items() if id(leaf) in names}
+    return map_leaves(lowered, lambda leaf: values[id(leaf)]), biases
 
 
 def _nan(shape: tuple[int, ...]) -> Balls:

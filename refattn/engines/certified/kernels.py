@@ -38,6 +38,8 @@ from refattn.engines.certified.twofold import (
 # Weights below e^-90 < 2^-129 count as 0, with that for their error.
 FAR = 90.0
 FAR_ERROR = 2.0**-129
+# Relative errors up to here are right to first order.
+_SMALL = 2.0**-40
 # A sink this far above the scores is left to other tiers, and one this far below counts as 0.
 _SINK_REACH = 500.0
 
@@ -58,7 +60,7 @@ def weigh(
     """Weights exp(scale·dot + bias − top) of live pairs, from exact dots and biases (bh + bl within beta).
 
     The sum b_h − top is exact, and the two that follow are off by 3 u² and 2 u² of the result, or of it and b_l: the
-    exponent's error, and to first order the relative one of its exponential.
+    exponent's error, and to first order the relative one of its exponential. One too large for that is infinite.
     """
     for i in range(dots.shape[0]):
         for j in range(dots.shape[1]):
@@ -72,6 +74,7 @@ def weigh(
             yh, yl = exp(xh, xl)
             h[i, j], l[i, j] = (yh if near else 0.0), (yl if near else 0.0)
             relative = EXP + 2 * ADD * (abs(xh) + abs(bl[i, j])) + beta
+            relative = relative if relative < _SMALL else np.inf
             e[i, j] = yh * relative if near else (FAR_ERROR if live[i, j] else 0.0)
 
 
@@ -177,9 +180,10 @@ def quotient(h: Floats, l: Floats, e: Floats, zh: Floats, zl: Floats, ze: Floats
     """Divide (rows, columns) by (rows,) > 0 in place; by an exact 1 nothing is changed."""
     for i in range(h.shape[0]):
         unit = zh[i] == 1 and zl[i] == 0 and ze[i] == 0
+        least = zh[i] - 2 * ze[i]
         for j in range(h.shape[1] if not unit else 0):
             qh, ql = div(h[i, j], l[i, j], zh[i], zl[i])
-            e[i, j] = (e[i, j] + abs(qh) * ze[i]) / (zh[i] - 2 * ze[i]) + DIV * abs(qh)
+            e[i, j] = (e[i, j] + abs(qh) * ze[i]) / least + DIV * abs(qh) if least > 0 else np.inf
             h[i, j], l[i, j] = qh, ql
 
 
@@ -189,7 +193,9 @@ def log_sums(top: Floats, h: Floats, l: Floats, e: Floats) -> None:
     for i in range(h.shape[0]):
         yh, yl = log(h[i], l[i])
         h2, l2 = add_double(yh, yl, top[i])
-        e[i] = e[i] / (h[i] - 2 * e[i]) + LOG_ABSOLUTE + LOG * abs(yh) + ADD_DOUBLE * abs(h2)
+        least = h[i] - 2 * e[i]
+        error = e[i] / least if least > 0 else np.inf
+        e[i] = error + LOG_ABSOLUTE + LOG * abs(yh) + ADD_DOUBLE * abs(h2)
         h[i], l[i] = h2, l2
 
 

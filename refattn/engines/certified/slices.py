@@ -6,7 +6,8 @@ of doubles, cut into slices that are:
 
     p_ij = e^(s_ij − m_i),  Z_i = Σ_j p_ij,  N_i = Σ_j p_ij v_j;     out = N / Z,  lse = m + log Z
     W = p / Z,  δ_i = Σ_d dout_id out_id − dlse_i,  dS = W (dout·v − δ)
-    dq = scale dS k,  dk = scale dSᵀ q,  dv = Wᵀ dout,  dbias = dS,  dsink = −Σ_i e^(sink − lse_i) δ_i
+    dq = scale dS k,  dk = scale dSᵀ q,  dv = Wᵀ dout,  dbias = dS,  dslope = −Σ dS |j − i|
+    dsink = −Σ_i e^(sink − lse_i) δ_i
 
 Kept weights are divided by their probability at the end: δ stands for it times δ on the way. A row with one live key
 has W = 1, and dS = dlse, as identities. docs/certification.md derives the radii.
@@ -125,7 +126,7 @@ def forward(given: ExactPlan, at: Rows, found: Mapping[str, Pairs], limits: Mapp
     live, keys = _seen(plan, at)
     value = plan.v[at.b, at.g, keys]
     dots = plan.q[at.key] @ plan.k[at.b, at.g, keys].T
-    bias = _bias(plan, at, keys, live)
+    bias, biased = _bias(plan, at, keys, live)
     beta = float(bias.e.max(initial=0.0))
     # Any double will do for the maximum: the shift is exact and cancels.
     top = np.max(np.where(live, plan.scale * dots + bias.h, -np.inf), 1, initial=-np.inf)
@@ -166,7 +167,7 @@ def forward(given: ExactPlan, at: Rows, found: Mapping[str, Pairs], limits: Mapp
 
     reach_v = np.abs(value).max(0, initial=0.0)
     farthest = np.abs(np.where(live, plan.scale * dots, 0.0)).max(1, initial=0.0)
-    size = np.abs(top) + 2 * farthest + kernels.FAR + (0.0 if plan.sink is None else abs(plan.sink[at.h]))
+    size = np.abs(top) + 2 * farthest + biased + kernels.FAR + (0.0 if sink is None else abs(plan.sink[at.h]))
     terms = live.sum(1) + value.shape[1] + plan.q.shape[1] // plan.k.shape[1] * plan.q.shape[2]
     strained = strain(size, terms, np.abs(given.dout[at.key]) @ reach_v / given.probability, given.dlse[at.key])
     limits["out"][at.key] = strained.weight * reach_v / given.probability
@@ -185,7 +186,10 @@ class Backward:
         self.errors = {n: zeros(*getattr(plan, n).shape[2:]).e for n in "kv"}
         self.pending = 0
         self.sink = None if plan.sink is None else zeros(len(plan.sink))
-        self.bias = {n: _BiasSum(given, n) for n in given.biases}
+        slopes = {n for n in given.biases if isinstance(plan.bias[n], Slope)}
+        self.bias: dict[int, _BiasSum | _SlopeSum] = {
+            n: _SlopeSum(given) if n in slopes else _BiasSum(given, n) for n in given.biases
+        }
         self.limits = {n: np.zeros(np.shape(getattr(plan, n))) for n in ("q", "k", "v", "sink")}
 
     def rows(self, x: Weights) -> None:
@@ -210,7 +214,7 @@ class Backward:
         dq.e[:] += fixed.error(ds.e, key)
         self.d["q"].put(x.at.key, dq)
         for sums in self.bias.values():
-            sums.add(x, parts, ds.e, w.h * x.strain.score)
+            sums.add(x, ds, parts, (w.h + w.e) * x.strain.score)
         self._collect("k", x, parts, ds.e, query)
 
         parts = fixed.cut(w, _TOP)
@@ -237,9 +241,11 @@ class Backward:
     def _limit(self, x: Weights, w: Pairs, query: Floats, key: Floats, dout: Floats) -> None:
         scale, at = abs(self.given.plan.scale), (x.at.b, x.at.g, x.keys)
         q, k, do = (np.abs(a).max(0, initial=0.0) for a in (query, key, dout))
+        # Weights that count as 0 have their size for an error.
+        most = w.h + w.e
         self.limits["q"][x.at.key] = scale * x.strain.score * k
-        self.limits["k"][at] += scale * (w.h * x.strain.score).sum(0)[:, None] * q
-        self.limits["v"][at] += (w.h * x.strain.weight).sum(0)[:, None] * do / self.given.probability
+        self.limits["k"][at] += scale * (most * x.strain.score).sum(0)[:, None] * q
+        self.limits["v"][at] += (most * x.strain.weight).sum(0)[:, None] * do / self.given.probability
 
     def _add_sink(self, x: Weights, inverse: Pairs, delta: Pairs) -> None:
         """Minus Σ_i w δ, w the sink's own weight."""
@@ -251,7 +257,7 @@ class Backward:
         total = zeros(1)
         kernels.inner(np.ones((1, len(found.h))), found.h.T.copy(), found.l.T.copy(), found.e.T.copy(), *total)
         self.sink.put([x.at.h], self.sink.at([x.at.h]).plus(total))
-        self.limits["sink"][x.at.h] += (w.h * x.strain.score).sum()
+        self.limits["sink"][x.at.h] += ((w.h + w.e) * x.strain.score).sum()
 
     def flush(self, b: int, g: int) -> None:
         """Add the sums of slices to dk and dv of a key head, and begin anew."""
@@ -289,8 +295,9 @@ class _BiasSum:
         self.parts, self.errors = np.zeros((given.fixed.count, *full)), np.zeros(full)
         self.limits = np.zeros(full)
 
-    def add(self, x: Weights, parts: Floats, error: Floats, limit: Floats) -> None:
+    def add(self, x: Weights, ds: Pairs, parts: Floats, limit: Floats) -> None:
         """A few rows."""
+        error = ds.e
         _, batch, heads, lq, lk = self.parts.shape
         if lk == 1:
             parts, error, limit = (a.sum(-1, keepdims=True) for a in (parts, error, limit))
@@ -310,6 +317,27 @@ class _BiasSum:
         return Pairs(*(a.reshape(self.shape) for a in found))
 
 
+class _SlopeSum:
+    """−Σ dS |distance| of each head, in pairs."""
+
+    def __init__(self, given: ExactPlan) -> None:
+        heads = given.plan.q.shape[1]
+        self.given, self.sums, self.limits = given, zeros(heads), np.zeros(heads)
+
+    def add(self, x: Weights, ds: Pairs, parts: Floats, limit: Floats) -> None:
+        """A few rows."""
+        distance = _distance(self.given.plan, x.at, x.keys)
+        rows, total = zeros(len(distance)), zeros(1)
+        kernels.inner(-distance, *ds, *rows)
+        kernels.inner(np.ones((1, len(distance))), rows.h[None], rows.l[None], rows.e[None], *total)
+        self.sums.put([x.at.h], self.sums.at([x.at.h]).plus(total))
+        self.limits[x.at.h] += (limit * distance).sum()
+
+    def total(self) -> Pairs:
+        """(Hq,)."""
+        return self.sums
+
+
 def _seen(plan: Score, at: Rows) -> tuple[Bools, slice]:
     """Live pairs (rows, keys) of the keys from the first to the last that a row sees, and which keys these are."""
     seen = np.array([sees(plan, at.b, at.h, i) for i in at.each()])
@@ -318,20 +346,28 @@ def _seen(plan: Score, at: Rows) -> tuple[Bools, slice]:
     return np.ascontiguousarray(seen[:, keys]), keys
 
 
-def _bias(plan: Score, at: Rows, keys: slice, live: Bools) -> Pairs:
-    """Sum of a few rows' biases, 0 in pairs that are not live; one alone is exact."""
-    total = zeros(*live.shape)
+def _bias(plan: Score, at: Rows, keys: slice, live: Bools) -> tuple[Pairs, Floats]:
+    """Sum of a few rows' biases, 0 in pairs that are not live; one alone is exact.
+
+    And what several are at most, (rows,), which their sum does not tell; 0 of one.
+    """
+    total, size = zeros(*live.shape), np.zeros(live.shape)
     for n, bias in enumerate(plan.bias):
         own = zeros(*live.shape)
         if isinstance(bias, Slope):
-            distance = np.array([np.abs(relative(plan, at.b, i)[keys]) for i in at.each()], np.float64)
-            kernels.slope_bias(float(bias.slopes[at.h]), distance, own.h, own.l)
+            kernels.slope_bias(float(bias.slopes[at.h]), _distance(plan, at, keys), own.h, own.l)
         else:
             own.h[:] = [row_of(bias, plan, at.b, at.h, i)[keys] for i in at.each()]
         for a in own:
             a[~live] = 0.0
         total = total.plus(own) if n else own
-    return total
+        size += np.abs(own.h)
+    return total, size.max(1, initial=0.0) * (len(plan.bias) > 1)
+
+
+def _distance(plan: Score, at: Rows, keys: slice) -> Floats:
+    """|position(j) − position(i)| of a few rows."""
+    return np.array([np.abs(relative(plan, at.b, i)[keys]) for i in at.each()], np.float64)
 
 
 def _entries(mask: NDArray[Any], plan: Score, at: Rows) -> Bools:

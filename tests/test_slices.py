@@ -1,0 +1,373 @@
+"""The exact-slice tier against balls: radii that hold the truth, decisions that agree, and proofs broken on purpose."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import flint
+import numpy as np
+import pytest
+from flint import arb
+from problems import PROBLEMS, arrays
+from sliced import dyadic
+
+import refattn as ra
+from refattn import api
+from refattn.engines import certified
+from refattn.engines.certified import exact_plan as exact_plan_module
+from refattn.engines.certified import fixed as fixed_module
+from refattn.engines.certified import slices
+from refattn.engines.certified.balls import BALLS
+from refattn.engines.certified.fixed import Fixed, fixed, whole
+from refattn.engines.certified.rounding import ENCLOSED, round_enclosed
+from refattn.errors import RefattnError
+
+FORWARD_ONLY = {
+    # Gradients of tables are left to the next tier.
+    *(n for n in PROBLEMS if n.startswith("T5") or ("learned" in n and "symmetric" not in n)),
+    "biases of all kinds",
+}
+REFUSED = {n for n in PROBLEMS if n.startswith(("Sandwich", "interpolated"))} | {"T5, ragged", "softcap", "everything"}
+
+
+def of_few_bits(given):
+    return {n: np.rint(a * 64) / 64 if a.dtype == np.float64 else a for n, a in given.items()}
+
+
+def named(name, rng):
+    inputs, weights = (of_few_bits(given) for given in arrays(PROBLEMS[name], rng))
+    problem = api.build(PROBLEMS[name].spec, inputs, np.float64, ("out",))
+    return problem, {n: w for n, w in weights.items() if n in problem.outputs}
+
+
+def agree(problem, weights, wrt):
+    """Every radius holds the value that 600 bits give; every decision is theirs. How many elements are undecided."""
+    found = slices.enclose(problem, weights, wrt).enclosures
+    with flint.ctx.workprec(600):
+        exact = problem.differentiate(BALLS.real, weights, wrt)
+        assert found.keys() == exact.keys()
+        undecided = 0
+        for name, (t, d, r) in found.items():
+            assert t.shape == exact[name].shape
+            np.testing.assert_array_equal(np.where(np.isfinite(t), t + d, t), t)
+            for ball, head, rest, radius in zip(exact[name]._balls.flat, t.flat, d.flat, r.flat, strict=True):
+                if not np.isfinite(head):
+                    assert float(ball) == head == -np.inf
+                    continue
+                gap = abs(ball - arb(float(head)) - arb(float(rest)))
+                assert gap <= arb(float(radius)) or (radius == 0 and gap.contains(0) and gap < 1e-150), (name, gap)
+            mine, theirs = round_enclosed(found[name], True), round_enclosed(exact[name], True)
+            decided = mine.status != ENCLOSED
+            both = decided & (theirs.status != ENCLOSED)
+            np.testing.assert_array_equal(mine.odd[both], theirs.odd[both])
+            np.testing.assert_array_equal(mine.nearest[both], theirs.nearest[both])
+            undecided += (~decided).sum()
+    return undecided
+
+
+@pytest.mark.parametrize("name", sorted(PROBLEMS.keys() - FORWARD_ONLY - REFUSED))
+def test_radii_hold_what_balls_say(name):
+    problem, weights = named(name, np.random.default_rng(3))
+    if "lse" not in problem.outputs:
+        assert slices.enclose(problem, weights, tuple(problem.real_inputs())) is None
+        return
+    agree(problem, weights, tuple(problem.real_inputs()))
+
+
+@pytest.mark.parametrize("name", sorted(FORWARD_ONLY - REFUSED))
+def test_forward_alone(name):
+    problem, weights = named(name, np.random.default_rng(3))
+    assert slices.enclose(problem, weights, tuple(problem.real_inputs())) is None
+    agree(problem, {}, ())
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_not_exact_is_refused(name):
+    """A softcap; tables of cosines; slopes that the lowering rounds, where the text divides exactly."""
+    problem, _ = named(name, np.random.default_rng(3))
+    assert slices.enclose(problem, {}, ()) is None
+
+
+def built(spec, rng, sizes=(1, 4, 2, 19, 37, 8, 5), change=None, **extras):
+    b, hq, hkv, lq, lk, d, dv = sizes
+    x = {"q": dyadic(rng, b, hq, lq, d), "k": dyadic(rng, b, hkv, lk, d), "v": dyadic(rng, b, hkv, lk, dv)} | extras
+    if change is not None:
+        change(x)
+    problem = api.build(spec, x, np.float64, ("out",))
+    return problem, {"out": dyadic(rng, b, hq, lq, dv), "lse": dyadic(rng, b, hq, lq)}
+
+
+def scaled(name, factor):
+    def change(x):
+        x[name] *= factor
+
+    return change
+
+
+def cancelling(x):
+    """Keys in equal pairs whose values are opposite but for 2^-8."""
+    x["k"][:, :, 1::2] = x["k"][:, :, 0:-1:2]
+    x["v"][:, :, 1::2] = -x["v"][:, :, 0:-1:2] + 2.0**-8
+
+
+def dominant(x):
+    """One key far above the others, whose weights are below 2^-129."""
+    x["q"][..., 0] = 8.0
+    x["k"][..., 0] = 0.0
+    x["k"][:, :, 5, 0] = 64.0
+
+
+def last_key_alone(x):
+    x["mask"][:, :, 4] = False
+    x["mask"][:, :, 5] = np.arange(x["mask"].shape[3]) == 7
+
+
+FAMILIES = {
+    "odd lengths": (ra.SDPA(), {}, None),
+    "huge scores": (ra.SDPA(scale=4.0), {}, scaled("q", 64.0)),
+    "tiny scores": (ra.SDPA(), {}, scaled("q", 2.0**-20)),
+    "cancelling values": (ra.SDPA(), {}, cancelling),
+    "dominant key": (ra.SDPA(scale=1.0), {}, dominant),
+    "large values": (ra.SDPA(causal="top_left"), {}, scaled("v", 2.0**40)),
+    "small values": (ra.SDPA(causal="top_left"), {}, scaled("v", 2.0**-90)),
+    "empty and single rows": (ra.SDPA(), {"mask": np.ones((1, 4, 19, 37), bool)}, last_key_alone),
+    "single rows kept": (
+        ra.SDPA(keep_probability=0.75),
+        {"mask": np.ones((1, 4, 19, 37), bool), "keep": np.arange(37)[None] % 3 > 0},
+        last_key_alone,
+    ),
+    "ALiBi and window": (ra.SDPA(causal="bottom_right", window=(9, None), bias=ra.ALiBi()), {}, None),
+    "finite mask": (ra.SDPA(), {"bias": np.where(np.arange(37) < 30, 0.0, -(2.0**100))}, None),
+    "masked by infinity": (ra.SDPA(), {"bias": np.where(np.arange(19)[:, None] < 3, -np.inf, np.arange(37.0))}, None),
+    **{
+        f"biases that cancel from 2^{n}": (
+            ra.SDPA(bias=ra.ALiBi(slopes=(2.0**n, 1.0, 0.5, 0.25))),
+            {"bias": np.eye(4)[0][:, None, None] * 2.0**n * np.abs(np.arange(18.0, 37.0)[:, None] - np.arange(37.0))},
+            None,
+        )
+        for n in (40, 80)
+    },
+    "sink above": (ra.SDPA(), {"sink": np.array([0.0, 40.0, -40.0, 300.0])}, None),
+    "sink and empty rows": (
+        ra.SDPA(),
+        {"sink": np.array([0.5, 1.0, -3.0, 7.0]), "mask": np.ones((1, 4, 19, 37), bool)},
+        last_key_alone,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(rng, name):
+    spec, extras, change = FAMILIES[name]
+    problem, weights = built(spec, rng, change=change, **{n: a.copy() for n, a in extras.items()})
+    agree(problem, weights, tuple(problem.real_inputs()))
+
+
+def test_nearly_everything_of_a_plain_problem_is_decided(rng):
+    problem, weights = built(ra.SDPA(causal="bottom_right", bias=ra.ALiBi()), rng)
+    assert agree(problem, weights, ("q", "k", "v")) == 0
+
+
+def test_a_row_with_one_key_is_decided(rng):
+    """out = v and dq = 0 as identities, which no ball of a quotient shows."""
+    problem, weights = built(ra.SDPA(causal="top_left"), rng)
+    found = slices.enclose(problem, {"out": weights["out"]}, ("q", "k", "v")).enclosures
+    np.testing.assert_array_equal(found["out"].t[:, :, 0], np.repeat(problem.inputs["v"][:, :, 0], 2, 1))
+    for name in ("out", "dq"):
+        assert not found[name].r[:, :, 0].any() and not found[name].d[:, :, 0].any()
+    assert not found["dq"].t[:, :, 0].any()
+
+
+def test_a_shift_that_is_none_is_refused(rng):
+    """All of a row at −2^100: the double next to its maximum is 2^47 away."""
+    change = {"bias": np.where(np.arange(19)[:, None] < 3, -(2.0**100), np.zeros(37))}
+    problem, _ = built(ra.SDPA(scale=3.0), rng, change=scaled("q", 2.0**55), **change)
+    assert slices.enclose(problem, {}, ()) is None
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_numbers_of_too_many_bits_or_none_are_refused(rng, name):
+    problem, weights = built(ra.SDPA(), rng)
+    for change in (
+        lambda a: rng.standard_normal(a.shape),
+        lambda a: a * 2.0**-300,
+        lambda a: np.where(a > 1, np.nan, a),
+    ):
+        other = replace(problem, inputs=dict(problem.inputs) | {name: change(problem.inputs[name])})
+        assert slices.enclose(other, weights, ("q", "k", "v")) is None
+    assert slices.enclose(problem, weights, ("q", "k", "v")) is not None
+
+
+def test_integers_of_an_array(rng):
+    a = np.ldexp(rng.integers(-1000, 1000, 50) * 2.0 + 1, -7)
+    n, e = whole(a, np.zeros(3))
+    assert e == -7 and n == np.abs(np.ldexp(a, 7)).max()
+    assert whole(np.zeros(2)) == (0, 0) and whole(np.float64(6.0)) == (3, 1)
+    assert whole(np.array([1.0, 2.0**-100]))[0] >= 2**100
+
+
+@pytest.mark.parametrize("most, terms", [(1530, 4096), (1, 1), (1530, 10**6), (2**24, 64), (1531, 4097)])
+def test_widths_leave_sums_exact(most, terms):
+    found = fixed(most, terms)
+    assert found.most * 2**found.bits * min(terms, fixed_module.BLOCK) <= 2**53
+    assert found.bits == 48 or found.most * 2 ** (found.bits + 1) * min(terms, fixed_module.BLOCK) > 2**53
+    assert found.bits * found.count >= 118
+
+
+def test_widths_of_the_recipes():
+    """Inputs |k| ≤ 1530 and 4096 keys: four slices of 30 bits."""
+    assert fixed(1530, 4096) == Fixed(30, 4, 1530)
+    assert fixed(2**40, 4096) is None
+
+
+def test_blocks_of_keys_and_rows_change_nothing(rng, monkeypatch):
+    problem, weights = built(ra.SDPA(), rng, sizes=(1, 2, 1, 23, 41, 8, 5))
+    for module in (fixed_module, slices):
+        monkeypatch.setattr(module, "BLOCK", 8)
+    monkeypatch.setattr(slices, "ROWS", 4)
+    assert exact_plan_module.exact_plan(problem, weights, ("q",)).fixed.bits > fixed(1530, 41).bits
+    assert agree(problem, weights, ("q", "k", "v")) == 0
+
+
+def test_slices_one_bit_too_wide_are_refused(rng, monkeypatch):
+    problem, weights = built(ra.SDPA(), rng)
+    right = fixed_module.fixed
+    monkeypatch.setattr(exact_plan_module, "fixed", lambda *a: replace(right(*a), bits=right(*a).bits + 1))
+    with pytest.raises(RefattnError, match="not summed exactly"):
+        slices.enclose(problem, weights, ("q", "k", "v"))
+
+
+def test_keys_that_are_not_blocked_are_refused(rng, monkeypatch):
+    problem, weights = built(ra.SDPA(), rng, sizes=(1, 2, 1, 3, 41, 8, 5))
+    right = fixed_module.fixed
+    monkeypatch.setattr(exact_plan_module, "fixed", lambda most, terms: right(most, 8))
+    with pytest.raises(RefattnError, match="not summed exactly"):
+        slices.enclose(problem, weights, ("q", "k", "v"))
+
+
+def test_a_number_above_its_unit_is_refused():
+    x = fixed_module.zeros(2, 3)
+    x.h[1, 1] = 1.5
+    with pytest.raises(RefattnError, match="a slice of"):
+        Fixed(30, 4, 1530).cut(x, 1.0)
+
+
+def test_unblocked_sums_would_be_wrong(rng):
+    """What the two refusals are for: 2^15 products of 30 bits by 1530 are no longer exact."""
+    parts = np.full((1, 1 << 15), 2.0**30 - 1)
+    matrix = np.where(np.arange(1 << 15)[:, None] % 3 == 0, 1529.0, 1530.0)
+    exact = (2**30 - 1) * int(matrix.sum())
+    assert int((parts @ matrix)[0, 0]) != exact and exact > 2**53
+    blocks = sum(int((parts[:, i : i + 4096] @ matrix[i : i + 4096])[0, 0]) for i in range(0, 1 << 15, 4096))
+    assert blocks == exact
+
+
+def test_certify_takes_the_tier_and_balls_the_rest(rng, monkeypatch):
+    """Two keys with equal values: out is v, which only more than a radius can tell; balls see those rows alone."""
+    monkeypatch.setattr(certified, "LARGE", 0)
+
+    def equal(x):
+        x["v"][:, :, 1] = x["v"][:, :, 0]
+
+    problem, weights = built(ra.SDPA(causal="top_left"), rng, change=equal)
+    seen = []
+    of_rows = certified.of_rows
+    monkeypatch.setattr(certified, "of_rows", lambda p, rows: seen.append(rows) or of_rows(p, rows))
+    found = certified.certify(problem, {"out": weights["out"]}, ("q",), bits=(128,))
+    assert seen == [(1,)]
+    assert (found["out"].status[:, :, 1] == ENCLOSED).all()
+    assert (np.delete(found["out"].status, 1, 2) != ENCLOSED).all()
+    monkeypatch.setattr(certified, "LARGE", 1 << 60)
+    plain = certified.certify(problem, {"out": weights["out"]}, ("q",), bits=(128,))
+    for name, certificate in plain.items():
+        decided = certificate.status != ENCLOSED
+        np.testing.assert_array_equal(found[name].value[decided], certificate.value[decided])
+        np.testing.assert_array_equal(found[name].rne[decided], certificate.rne[decided])
+
+
+@pytest.mark.parametrize("name", sorted(PROBLEMS.keys() - FORWARD_ONLY - REFUSED))
+def test_plain_float64_stays_within_its_limits(name, monkeypatch):
+    """Far within: a limit is for any order of summation. And yet not so far that it would refute nothing."""
+    monkeypatch.setattr(certified, "LARGE", 0)
+    monkeypatch.setattr("refattn.engines.certified.plain_check.ROWS", 2)
+    problem, weights = named(name, np.random.default_rng(4))
+    for output, found in certified.certify(problem, weights, tuple(problem.real_inputs())).items():
+        ok = np.isfinite(found.value)
+        np.testing.assert_array_less(np.abs(found.value[ok] - found.centre[ok]), found.bound[ok])
+        assert (found.bound[ok] < 1e-9 * (1 + np.abs(found.value[ok]).max(initial=0.0))).all(), output
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_family_is_refuted(rng, name, monkeypatch):
+    """Weights that count as 0 make gradients of 10^-60, which float64 sees as well as any."""
+    monkeypatch.setattr(certified, "LARGE", 0)
+    spec, extras, change = FAMILIES[name]
+    problem, weights = built(spec, rng, change=change, **{n: a.copy() for n, a in extras.items()})
+    certified.certify(problem, weights, tuple(problem.real_inputs()), bits=(128,))
+
+
+def test_a_value_far_from_float64_is_refused(rng, monkeypatch):
+    monkeypatch.setattr(certified, "LARGE", 0)
+    problem, weights = built(ra.SDPA(), rng)
+    right = slices.enclose
+
+    def off(*given):
+        found = right(*given)
+        found.enclosures["dk"].t[0, 1, 4, 2] *= 1 + 2.0**-20
+        return found
+
+    monkeypatch.setattr(slices, "enclose", off)
+    with pytest.raises(RefattnError, match=r"dk\[0, 1, 4, 2\]"):
+        certified.certify(problem, weights, ("q", "k", "v"))
+
+
+def alone(what, **environment):
+    """Output of tests/sliced.py in a process of its own, where kernels are compiled anew."""
+    script = Path(__file__).parent / "sliced.py"
+    given = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment
+    done = subprocess.run([sys.executable, script, what], env=given, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.mark.slow
+def test_a_head_of_more_keys_than_a_block(rng):
+    """Rows of 4200 keys, against balls on three of them."""
+    q, k, v, dout = (dyadic(rng, 1, 1, 4200, 8) for _ in range(4))
+    problem = api.build(
+        ra.SDPA(causal=True, bias=ra.ALiBi(slopes=(2.0**-9,))), {"q": q, "k": k, "v": v}, "float64", ("out",)
+    )
+    found = slices.enclose(problem, {"out": dout}, ("q", "k", "v")).enclosures
+    rows = (1, 2100, 4199)
+    short = certified.of_rows(problem, rows)
+    with flint.ctx.workprec(300):
+        exact = short.differentiate(BALLS.real, {"out": dout[:, :, rows]}, ("q",))
+        for name in ("out", "lse", "dq"):
+            mine = round_enclosed(found[name], True)
+            theirs = round_enclosed(exact[name], True)
+            assert (mine.status != ENCLOSED).all()
+            np.testing.assert_array_equal(mine.odd[:, :, rows], theirs.odd)
+            np.testing.assert_array_equal(mine.nearest[:, :, rows], theirs.nearest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sabotage, verdict",
+    [
+        ("wrong_constant", "refused"),
+        ("reassociated", "refused"),
+        # Beyond what float64 can see: it takes balls.
+        ("wrong_last_bits", "wrong"),
+        ("contracted", "wrong"),
+    ],
+)
+def test_broken_arithmetic_is_noticed(sabotage, verdict):
+    assert alone(sabotage) == [verdict]
+
+
+@pytest.mark.slow
+def test_the_bits_depend_on_no_library_and_no_thread():
+    settings = [("Haswell", "1"), ("SkylakeX", "2"), ("Prescott", "2")]
+    found = {tuple(alone("hash", OPENBLAS_CORETYPE=core, OPENBLAS_NUM_THREADS=n)) for core, n in settings}
+    assert len(found) == 1
