@@ -281,7 +281,7 @@ def test_the_rows_concerned_give_what_the_whole_problem_does(rng, monkeypatch):
     found = all_of(problem, weights)
     asked = len(seen)
     assert asked > 2
-    monkeypatch.setattr(escalation, "_by_row", lambda problem, name: False)
+    monkeypatch.setattr(escalation, "by_row", lambda problem, name: False)
     again = all_of(problem, weights)
     assert len(seen) == asked
     for output, part in found.items():
@@ -326,5 +326,5 @@ def test_an_audit_finds_the_identities_again(monkeypatch, change, wrong):
         outputs["out"] = outputs["out"] | {"identity": change}
     altered = replace(golden, manifest=golden.manifest | {"outputs": outputs}, expected=expected)
     monkeypatch.setattr(load, "load", lambda name, folder: altered)
-    finding = audit(load.folder_of_suite(), golden.name, 256)
+    finding = audit(golden.name, load.folder_of_suite(), 256)
     assert len(finding.wrong) == len(wrong) and all(w in f for w, f in zip(wrong, finding.wrong, strict=True))

@@ -16,6 +16,7 @@ from rich.text import Text
 
 import refattn
 from refattn.case import Case
+from refattn.engines.certified import TIERS
 from refattn.errors import SpecError
 from refattn.golden import audit as auditing
 from refattn.golden import errata, load, suite
@@ -108,20 +109,28 @@ def release(folder: Folder = None, of: Suite = CORE) -> None:
 
 @app.command()
 def audit(
+    *,
     folder: Folder = None,
     cases: Pattern = "*",
     bits: Annotated[int, typer.Option("--arb", help="bits of the balls that recompute every value", min=192)] = 1024,
+    seeds: Annotated[int, typer.Option("--seeds", help="audit the fast tiers on so many other seeds instead")] = 0,
     jobs: Jobs = None,
     of: Suite = CORE,
 ) -> None:
-    """Recompute committed values with far more bits than they were made with, and check each certificate."""
-    folder = folder or load.folder_of_suite(of)
-    chosen = [name for name in load.names(of, folder) if fnmatch(name, cases)]
+    """Recompute committed values on balls with far more bits than they were made with; of large cases, some rows."""
+    if seeds:
+        todo = auditing.jobs_of_seeds(_chosen(cases, of), seeds, bits)
+    else:
+        folder = folder or load.folder_of_suite(of)
+        todo = auditing.jobs_of(folder, [name for name in load.names(of, folder) if fnmatch(name, cases)], bits)
     findings = []
-    with _progress("auditing", len(chosen)) as step:
-        for finding in auditing.audit_all(folder, chosen, bits, jobs):
+    with _progress("auditing", len(todo)) as step:
+        for finding in auditing.audit_all(todo, jobs):
             findings.append(finding)
             step(finding.name)
+    for finding in findings:
+        if finding.note:
+            console.print(f"  {finding.name}: {finding.note}", style="dim", markup=False)
     wrong = [f for f in findings if f.wrong]
     for finding in wrong:
         console.print(f"  {finding.name}: {'; '.join(finding.wrong)}", style="red", markup=False)
@@ -182,8 +191,10 @@ def _print_tallies(tallies: list[Tally]) -> None:
     _row(table, "total", tallies)
     console.print(table)
     seconds = sum(t.seconds for t in tallies)
+    tiers = {label: sum(t.tiers[label] for t in tallies) for label in TIERS}
+    console.print("decided by " + ", ".join(f"{label} {count:,}" for label, count in tiers.items() if count))
     console.print(
-        "rounded: correctly rounded, proved by balls; exact: a double, proved equal;\n"
+        "rounded: correctly rounded, proved; exact: a double, proved equal;\n"
         "identity: a double or a tie by an identity, proved over a prime field; NaN: asked by convention;\n"
         "distance: worst |float64 reference − certified| in units of its float64 bound,\n"
         f"which every value was checked against. {seconds:.1f} seconds of work",

@@ -33,6 +33,7 @@ class Tally:
     name: str
     elements: int
     status: Mapping[str, int]
+    tiers: Mapping[str, int]
     distance: float
     size: int
     seconds: float
@@ -68,7 +69,7 @@ def build(case: Case) -> Built:
     tensors: dict[str, NDArray[Any]] = {}
     status: dict[str, Any] = {}
     tally = {"elements": 0, "distance": 0.0}
-    counts = dict.fromkeys(certified.STATUS, 0)
+    counts, tiers = dict.fromkeys(certified.STATUS, 0), dict.fromkeys(certified.TIERS, 0)
     for name in names:
         certificate = certified.Certificate(*(rows_of(case, name, a) for a in vars(found[name]).values()))
         tensors[name] = certificate.value
@@ -81,6 +82,8 @@ def build(case: Case) -> Built:
         tally["distance"] = max(tally["distance"], _distance(certificate, rows_of(case, name, plain[name])))
         for code, label in enumerate(certified.STATUS):
             counts[label] += int((certificate.status == code).sum())
+        for code, label in enumerate(certified.TIERS):
+            tiers[label] += int((certificate.tier == code).sum())
     kappa = condition(problem, weights, {name: certificate.value for name, certificate in found.items()})
     manifest = json_bytes(
         _manifest(case, problem, arrays=arrays, weights=weights, tensors=tensors, status=status)
@@ -89,7 +92,8 @@ def build(case: Case) -> Built:
     packed = safetensors_bytes(tensors, METADATA)
     seconds = time.perf_counter() - start
     size = len(manifest) + len(packed)
-    return Built(manifest, packed, Tally(case.name, int(tally["elements"]), counts, tally["distance"], size, seconds))
+    elements, distance = int(tally["elements"]), tally["distance"]
+    return Built(manifest, packed, Tally(case.name, elements, counts, tiers, distance, size, seconds))
 
 
 def problem_of(case: Case, arrays: Mapping[str, NDArray[Any]]) -> Problem:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from refattn.engines.certified.slices import Sliced
 
 __all__ = [
-    "BITS", "ENCLOSED", "EXACT", "IDENTITY", "PROPAGATED", "ROUNDED", "STATUS", "TIERS",
+    "BITS", "BY_PAIRS", "BY_SLICES", "ENCLOSED", "EXACT", "IDENTITY", "PROPAGATED", "ROUNDED", "STATUS", "TIERS",
     "Certificate", "certify", "name", "refuses",
 ]  # fmt: skip
 

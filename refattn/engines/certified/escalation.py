@@ -29,7 +29,7 @@ def concerned(task: Task, open_: Mapping[str, Bools]) -> tuple[Task, list[int] |
     wrt = tuple(name for name in task.wrt if f"d{name}" in open_)
     small = Task(task.problem, task.cotangents if wrt else {}, wrt)
     given = (*open_, *small.cotangents)
-    if not hasattr(task.problem.variant, "restrict") or not all(_by_row(task.problem, name) for name in given):
+    if not hasattr(task.problem.variant, "restrict") or not all(by_row(task.problem, name) for name in given):
         return small, None
     rows = sorted({int(i) for where in open_.values() for i in np.nonzero(where)[_ROWS]})
     cotangents = {name: np.take(c, rows, _ROWS) for name, c in small.cotangents.items()}
@@ -50,7 +50,7 @@ def answered(
     found = {name: round_enclosed(x, wide) for name, x in enclose(part).items()}
     if rows is None:
         return found
-    return {name: _placed(decided[name], new, rows) for name, new in found.items() if _by_row(task.problem, name)}
+    return {name: _placed(decided[name], new, rows) for name, new in found.items() if by_row(task.problem, name)}
 
 
 def _placed(old: Rounded, new: Rounded, rows: list[int]) -> Rounded:
@@ -60,7 +60,7 @@ def _placed(old: Rounded, new: Rounded, rows: list[int]) -> Rounded:
     return Rounded(*copies)
 
 
-def _by_row(problem: Problem, name: str) -> bool:
+def by_row(problem: Problem, name: str) -> bool:
     """Whether an output, or the gradient of an input, has an entry for each query row that hangs on that row alone."""
     outputs = problem.outputs
     array = outputs[name] if name in outputs else problem.signature[name[1:]]
