@@ -200,6 +200,16 @@ def test_numbers_of_too_many_bits_or_none_are_refused(rng, name):
     assert slices.enclose(problem, weights, ("q", "k", "v")) is not None
 
 
+def test_a_table_over_far_positions_is_refused_before_it_is_made(rng, monkeypatch):
+    def never(*given):
+        raise AssertionError("lowered on balls")
+
+    problem, _ = built(ra.SDPA(bias=ra.ALiBi(direction="two_sided")), rng, k_positions=np.arange(37) * 2**14)
+    assert problem.plan.bias[0].values.size > 2**20
+    monkeypatch.setattr(type(problem), "lowered", never)
+    assert slices.enclose(problem, {}, ()) is None
+
+
 def test_integers_of_an_array(rng):
     a = np.ldexp(rng.integers(-1000, 1000, 50) * 2.0 + 1, -7)
     n, e = whole(a, np.zeros(3))
