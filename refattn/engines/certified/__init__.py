@@ -1,7 +1,8 @@
 """The certified engine: every element the correctly rounded value, proved, or its status says that it is not.
 
-The reference's own text runs on balls with rising precision until each element's rounding is decided; then a second
-evaluation in another arithmetic, float64 with a running error bound, must agree with every value.
+The reference's own text runs on balls with rising precision until each element's rounding is decided; large problems of
+few bits go through exact slices first, and only what these leave open to balls. Then a second evaluation in another
+arithmetic, float64 with a proved bound of its error, must agree with every value.
 """
 
 from __future__ import annotations
