@@ -3,7 +3,7 @@
 Tiers of rising cost are asked until each element's rounding is decided: exact slices, pairs of doubles with radii,
 balls of rising precision, and a prime field for what balls cannot decide; each is asked only what is still open. The
 reference's own text runs on pairs, on balls and over the field. Then a second evaluation in another arithmetic, float64
-with an error bound, must agree with every value.
+with a proved bound of its error, must agree with every value.
 """
 
 from __future__ import annotations

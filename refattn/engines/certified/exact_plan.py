@@ -21,6 +21,8 @@ Floats = NDArray[np.float64]
 
 # Inputs up to this size become balls when the plan is lowered; a larger one has to be a leaf as it is.
 _LIFTED = 1 << 14
+# Entries of a bias that a lowering makes, as balls: a few of 100 bytes each.
+_TABLE = 1 << 18
 # Exponents within these bounds keep every product of the tier clear of underflow and overflow.
 _LEAST, _MOST = -200, 200
 
@@ -76,6 +78,8 @@ def _lowered(problem: Problem) -> tuple[Score, dict[int, str]] | None:
         return None
     given = {n: _nan(a.shape) if n in "qkv" or a.size > _LIFTED else BALLS.real(a) for n, a in real.items()}
     try:
+        if not _small(problem.plan, real):
+            return None
         lowered = problem.lowered(dict(problem.inputs) | given)
     except RefattnError:
         return None
@@ -89,6 +93,14 @@ def _lowered(problem: Problem) -> tuple[Score, dict[int, str]] | None:
     owned = {n: b.slopes if isinstance(b, Slope) else b.values for n, b in enumerate(lowered.bias)}
     biases = {n: names[id(leaf)] for n, leaf in owned.items() if id(leaf) in names}
     return map_leaves(lowered, lambda leaf: values[id(leaf)]), biases
+
+
+def _small(plan: Any, real: Mapping[str, Floats]) -> bool:
+    """Whether what a lowering makes is small enough to be made of balls: a table may span all positions."""
+    if not isinstance(plan, Score):
+        return False
+    made = [a.shape for n, a in leaves(plan).items() if n.startswith("bias.")]
+    return all(math.prod(shape) <= _TABLE or shape in {a.shape for a in real.values()} for shape in made)
 
 
 def _nan(shape: tuple[int, ...]) -> Balls:
