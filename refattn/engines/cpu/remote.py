@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from refattn.engines.cpu import cached, skipping, work
+from refattn.engines.cpu import bounds, cached, skipping, tiles, vectors, work
 from refattn.engines.cpu._jit import bare, inner, stamp
 from refattn.engines.cpu.cached import NEVER, Norms
 from refattn.engines.cpu.skipping import LSE, OUT, SLACK
@@ -49,7 +49,7 @@ def left_out(x: Arrays, known: Norms, decoded: Callable[[Array, int], tuple[Arra
 @cache
 def leave() -> Callable[..., Any]:
     """The compiled choice of tiles, the farthest first, for they weigh the least: to the left, then to the right."""
-    VERSION = stamp(cached, skipping, work)
+    VERSION = stamp(bounds, cached, skipping, tiles, vectors, work)
 
     @bare
     def choose(
