@@ -16,10 +16,9 @@ from checks import OUTPUTS as WANT
 from checks import same, within
 
 import refattn as ra
-from refattn import api, unread
+from refattn import api, jit, unread
 from refattn.engines import cpu
 from refattn.engines.cpu import (
-    _jit,
     bounds,
     fast,
     forward,
@@ -178,10 +177,10 @@ def test_an_edited_file_is_another_stamp(tmp_path):
     first.write_text("x = 1")
     second.write_text("x = 2")
     a, b = SimpleNamespace(__file__=str(first)), SimpleNamespace(__file__=str(second))
-    assert len({_jit.stamp(a), _jit.stamp(b), _jit.stamp(a, b), _jit.stamp()}) == 4
-    assert _jit.stamp(a) == _jit.stamp(a)
+    assert len({jit.stamp(a), jit.stamp(b), jit.stamp(a, b), jit.stamp()}) == 4
+    assert jit.stamp(a) == jit.stamp(a)
     kernel = forward.kernel(forward.shape_for(1, 1))
-    read = _jit.stamp(bounds, logits, sight, skipping, tiles, tuples, vectors, work)
+    read = jit.stamp(bounds, logits, sight, skipping, tiles, tuples, vectors, work)
     assert read in {cell.cell_contents for cell in kernel.py_func.__closure__}
 
 

@@ -15,8 +15,8 @@ import refattn as ra
 from refattn import api
 from refattn.engines import certified
 from refattn.engines.certified import arithmetic, pairs_kernels, twofold
-from refattn.engines.cpu._jit import jit
 from refattn.errors import RefattnError
+from refattn.jit import jit
 
 PAIRS = 1_000_000
 SPLIT = 2.0**27 + 1

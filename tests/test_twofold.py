@@ -7,6 +7,7 @@ import pytest
 from flint import arb
 
 from refattn.engines.certified import twofold as tf
+from refattn.jit import inlined
 
 U2 = 2.0**-106
 COUNT = 4000
@@ -19,19 +20,19 @@ def many_bits():
     flint.ctx.prec = before
 
 
-@tf.jit
+@inlined
 def each(operation, xh, xl, yh, yl, zh, zl):
     for i in range(xh.shape[0]):
         zh[i], zl[i] = operation(xh[i], xl[i], yh[i], yl[i])
 
 
-@tf.jit
+@inlined
 def with_double(operation, xh, xl, y, zh, zl):
     for i in range(xh.shape[0]):
         zh[i], zl[i] = operation(xh[i], xl[i], y[i])
 
 
-@tf.jit
+@inlined
 def of_one(function, xh, xl, zh, zl):
     for i in range(xh.shape[0]):
         zh[i], zl[i] = function(xh[i], xl[i])

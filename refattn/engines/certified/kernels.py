@@ -27,13 +27,13 @@ from refattn.engines.certified.twofold import (
     add_double,
     div,
     exp,
-    jit,
     log,
     mul,
     mul_double,
     two_prod,
     two_sum,
 )
+from refattn.jit import inlined
 
 # Weights below e^-90 < 2^-129 count as 0, with that for their error.
 FAR = 90.0
@@ -44,7 +44,7 @@ _SMALL = 2.0**-40
 _SINK_REACH = 500.0
 
 
-@jit
+@inlined
 def weigh(
     dots: Floats,
     scale: float,
@@ -78,7 +78,7 @@ def weigh(
             e[i, j] = yh * relative if near else (FAR_ERROR if live[i, j] else 0.0)
 
 
-@jit
+@inlined
 def exponentials(sink: float, top: Floats, h: Floats, l: Floats, e: Floats) -> None:
     """e^(sink − top), (rows,)."""
     for i in range(top.shape[0]):
@@ -92,7 +92,7 @@ def exponentials(sink: float, top: Floats, h: Floats, l: Floats, e: Floats) -> N
             e[i] = EXP * h[i]
 
 
-@jit
+@inlined
 def normalise(h: Floats, l: Floats, e: Floats, rh: Floats, rl: Floats, re: Floats) -> None:
     """Weights times the reciprocals r (rows,) of their sums, in place; those of an exact 1 stay what they are."""
     for i in range(h.shape[0]):
@@ -104,7 +104,7 @@ def normalise(h: Floats, l: Floats, e: Floats, rh: Floats, rl: Floats, re: Float
             h[i, j], l[i, j] = wh, wl
 
 
-@jit
+@inlined
 def scores(
     h: Floats, l: Floats, e: Floats, dp: Floats, dh: Floats, dl: Floats, de: Floats, gh: Floats, gl: Floats, ge: Floats
 ) -> None:
@@ -120,7 +120,7 @@ def scores(
             ge[i, j] = we * (abs(fh) + fe) + wh * fe + (0.0 if exact else MUL * abs(gh[i, j]))
 
 
-@jit
+@inlined
 def cut(h: Floats, l: Floats, unit: float, bits: int, parts: Any, e: Floats) -> float:
     """Slices n_s of h + l = Σ_s n_s unit 2^(−s bits), integers; adds what is left to e; returns the largest |n_s|.
 
@@ -148,7 +148,7 @@ def cut(h: Floats, l: Floats, unit: float, bits: int, parts: Any, e: Floats) -> 
     return largest
 
 
-@jit
+@inlined
 def gather(parts: Any, unit: float, bits: int, h: Floats, l: Floats, e: Floats) -> None:
     """Add Σ_s parts_s unit 2^(−s bits) to the pairs (n, m), and the roundings to e; a sum with l = 0 is exact."""
     for s in range(parts.shape[0]):
@@ -161,7 +161,7 @@ def gather(parts: Any, unit: float, bits: int, h: Floats, l: Floats, e: Floats) 
         unit /= 2.0**bits
 
 
-@jit
+@inlined
 def inner(a: Floats, h: Floats, l: Floats, e: Floats, oh: Floats, ol: Floats, oe: Floats) -> None:
     """Σ_d a_id (h + l)_id for doubles a, into (rows,)."""
     for i in range(a.shape[0]):
@@ -175,7 +175,7 @@ def inner(a: Floats, h: Floats, l: Floats, e: Floats, oh: Floats, ol: Floats, oe
         oh[i], ol[i], oe[i] = th, tl, te
 
 
-@jit
+@inlined
 def quotient(h: Floats, l: Floats, e: Floats, zh: Floats, zl: Floats, ze: Floats) -> None:
     """Divide (rows, columns) by (rows,) > 0 in place; by an exact 1 nothing is changed."""
     for i in range(h.shape[0]):
@@ -187,7 +187,7 @@ def quotient(h: Floats, l: Floats, e: Floats, zh: Floats, zl: Floats, ze: Floats
             h[i, j], l[i, j] = qh, ql
 
 
-@jit
+@inlined
 def log_sums(top: Floats, h: Floats, l: Floats, e: Floats) -> None:
     """Top + log(h + l) in place, (rows,)."""
     for i in range(h.shape[0]):
@@ -199,7 +199,7 @@ def log_sums(top: Floats, h: Floats, l: Floats, e: Floats) -> None:
         h[i], l[i] = h2, l2
 
 
-@jit
+@inlined
 def singles(dots: Floats, scale: float, bh: Floats, bl: Floats, beta: float, h: Floats, l: Floats, e: Floats) -> None:
     """Scores scale·dot + bias, (rows,); exact where the product or the bias is 0."""
     for i in range(dots.shape[0]):
@@ -208,7 +208,7 @@ def singles(dots: Floats, scale: float, bh: Floats, bl: Floats, beta: float, h: 
         e[i] = beta + (0.0 if (bh[i] == 0 or sh == 0) else ADD * abs(h[i]))
 
 
-@jit
+@inlined
 def slope_bias(slope: float, distance: Floats, h: Floats, l: Floats) -> None:
     """−slope·distance, exact."""
     for i in range(h.shape[0]):
@@ -216,7 +216,7 @@ def slope_bias(slope: float, distance: Floats, h: Floats, l: Floats) -> None:
             h[i, j], l[i, j] = two_prod(-slope, distance[i, j])
 
 
-@jit
+@inlined
 def accumulate(ah: Floats, al: Floats, h: Floats, l: Floats) -> None:
     """Add pairs to pairs in place, (n, m)."""
     for i in range(h.shape[0]):
@@ -224,7 +224,7 @@ def accumulate(ah: Floats, al: Floats, h: Floats, l: Floats) -> None:
             h[i, j], l[i, j] = add(h[i, j], l[i, j], ah[i, j], al[i, j])
 
 
-@jit
+@inlined
 def times(factor: float, divisor: float, rounding: Any, h: Floats, l: Floats, e: Floats) -> None:
     """Multiply (n, m) by factor and divide by divisor > 0, in place; rounding is 0 for what of the two is exact."""
     for i in range(h.shape[0]):

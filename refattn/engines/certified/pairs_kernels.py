@@ -6,37 +6,32 @@ time.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import llvmlite
-import numba
 import numpy as np
 
 from refattn.engines.certified import arithmetic, pairs_arithmetic, twofold
 from refattn.engines.certified import pairs_functions as functions
 from refattn.engines.certified.pairs_arithmetic import FLOOR, SLACK, Floats, Triple, accumulation, rules
+from refattn.jit import inlined, jit, stamp
 
 # From here on twofold's exponential says nothing.
 _REACH = twofold.EXP_REACH - 1
 
 
-@twofold.jit
+@inlined
 def _where(condition: Any, a: Any, b: Any) -> Any:
     return a if condition else b
 
 
-_RULES = rules(twofold.jit, _where)
+_RULES = rules(inlined, _where)
 _add, _mul, _div = _RULES.add, _RULES.mul, _RULES.div
-_answers = twofold.jit(arithmetic.answering(_RULES.two_sum, _RULES.two_product))
-_accumulated = twofold.jit(accumulation(_RULES.two_sum, _RULES.two_product))
+_answers = inlined(arithmetic.answering(_RULES.two_sum, _RULES.two_product))
+_accumulated = inlined(accumulation(_RULES.two_sum, _RULES.two_product))
 
 
-@twofold.jit
+@inlined
 def _exp(x: Any) -> Any:
     """As `pairs_functions.exp`, for an |x| that twofold's reaches; the radius of the others is infinite."""
     h, low = twofold.exp(x.h, x.low)
@@ -45,14 +40,6 @@ def _exp(x: Any) -> Any:
     e = _where(x.e < 1, _where(abs(x.h) < _REACH, e, np.inf), np.inf)
     one = (x.h == 0) & (x.e == 0)
     return Triple(_where(one, 1.0, h), _where(one, 0.0, low), _where(one, 0.0, e))
-
-
-def _kept(function: Callable[..., None]) -> Any:
-    """Compiled at the first call, and kept on disk where a folder for it can be written."""
-    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
-    with suppress(RuntimeError):  # there is none
-        dispatcher.enable_caching()
-    return dispatcher
 
 
 class Kernels(NamedTuple):
@@ -66,40 +53,40 @@ class Kernels(NamedTuple):
     answers: Any
 
 
-def _kernels(stamp: int) -> Kernels:
+def _kernels(version: int) -> Kernels:
     """The kernels close over the stamp: it is part of the key under which Numba keeps them, and the rules are not."""
 
-    @_kept
+    @jit
     def add(a, b, to):  # type: ignore[no-untyped-def]
-        (ah, al, ae), (bh, bl, be), (h, low, e), _ = a, b, to, stamp
+        (ah, al, ae), (bh, bl, be), (h, low, e), _ = a, b, to, version
         for i in range(h.shape[0]):
             found = _add(Triple(ah[i], al[i], ae[i]), Triple(bh[i], bl[i], be[i]))
             h[i], low[i], e[i] = found.h, found.low, found.e
 
-    @_kept
+    @jit
     def mul(a, b, to):  # type: ignore[no-untyped-def]
-        (ah, al, ae), (bh, bl, be), (h, low, e), _ = a, b, to, stamp
+        (ah, al, ae), (bh, bl, be), (h, low, e), _ = a, b, to, version
         for i in range(h.shape[0]):
             found = _mul(Triple(ah[i], al[i], ae[i]), Triple(bh[i], bl[i], be[i]))
             h[i], low[i], e[i] = found.h, found.low, found.e
 
-    @_kept
+    @jit
     def div(a, b, to):  # type: ignore[no-untyped-def]
-        (ah, al, ae), (bh, bl, be), (h, low, e), _ = a, b, to, stamp
+        (ah, al, ae), (bh, bl, be), (h, low, e), _ = a, b, to, version
         for i in range(h.shape[0]):
             found = _div(Triple(ah[i], al[i], ae[i]), Triple(bh[i], bl[i], be[i]))
             h[i], low[i], e[i] = found.h, found.low, found.e
 
-    @_kept
+    @jit
     def exp(a, to):  # type: ignore[no-untyped-def]
-        (ah, al, ae), (h, low, e), _ = a, to, stamp
+        (ah, al, ae), (h, low, e), _ = a, to, version
         for i in range(h.shape[0]):
             found = _exp(Triple(ah[i], al[i], ae[i]))
             h[i], low[i], e[i] = found.h, found.low, found.e
 
-    @_kept
+    @jit
     def product(a, b, found):  # type: ignore[no-untyped-def]
-        (ah, al, ae), (bh, bl, be), (h, low, e), _ = a, b, found, stamp
+        (ah, al, ae), (bh, bl, be), (h, low, e), _ = a, b, found, version
         for n in range(ah.shape[0]):
             for i in range(ah.shape[1]):
                 # Views of one row each: only then does the compiler see that they may be computed side by side.
@@ -114,9 +101,9 @@ def _kernels(stamp: int) -> Kernels:
                             to_h[j], to_low[j], to_e[j], x, y, z, of_h[j], of_low[j], of_e[j]
                         )
 
-    @_kept
+    @jit
     def answers(given, to):  # type: ignore[no-untyped-def]
-        _ = stamp
+        _ = version
         for i in range(to.shape[1]):
             found = _answers(given[0, i], given[1, i], given[2, i], given[3, i], given[4, i], given[5, i])
             for n in range(to.shape[0]):
@@ -128,8 +115,7 @@ def _kernels(stamp: int) -> Kernels:
 @cache
 def kernels() -> Kernels:
     """Kept for this text of the rules and no other, and tried."""
-    texts = (Path(str(module.__file__)).read_bytes() for module in (twofold, pairs_arithmetic, arithmetic))
-    return tried(_kernels(zlib.crc32(b"".join(texts), zlib.crc32(llvmlite.__version__.encode()))))
+    return tried(_kernels(stamp(twofold, pairs_arithmetic, arithmetic)))
 
 
 def tried(found: Kernels) -> Kernels:

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refattn.engines.cpu import bounds, gradients, logits, sight, skipping, tiles, tuples, vectors, work
-from refattn.engines.cpu._jit import bare, inner, stamp
 from refattn.engines.cpu.forward import Shape
 from refattn.engines.cpu.gradients import bend_back, deltas, multiply, outer, times, turn_back
 from refattn.engines.cpu.logits import biased, scores
@@ -30,6 +29,7 @@ from refattn.engines.cpu.tiles import products, turn
 from refattn.engines.cpu.tuples import lent
 from refattn.engines.cpu.vectors import take
 from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, Rows, Tile, ends_of, lay, locate, pack, tiles_of
+from refattn.jit import bare, inner, stamp
 
 
 class Given(NamedTuple):

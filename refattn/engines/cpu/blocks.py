@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn.engines.cpu._jit import inner
 from refattn.engines.cpu.operands import Array
 from refattn.engines.cpu.storage import storage_of
 from refattn.engines.cpu.vectors import INT8
 from refattn.engines.cpu.work import KEYS
+from refattn.jit import inner
 from refattn.plan import Score, keys
 
 

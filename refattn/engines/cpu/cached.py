@@ -21,12 +21,12 @@ import numpy as np
 
 from refattn.cache import Buffer, whole
 from refattn.engines.cpu import bounds, skipping, tiles, vectors, work
-from refattn.engines.cpu._jit import bare, lanes, stamp
 from refattn.engines.cpu.bounds import peaks, squares
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.skipping import SHORTEST, SLACK
 from refattn.engines.cpu.storage import bits, widened
 from refattn.engines.cpu.work import KEYS, Array, Arrays
+from refattn.jit import bare, lanes, stamp
 
 NEVER = -(2.0**100)  # logarithm of what is too small to count
 

@@ -20,7 +20,6 @@ import numpy as np
 
 from refattn.engines.cpu import blocks, columns, lines, shares, sight, tiles, tuples, vectors, work
 from refattn.engines.cpu import dots as products
-from refattn.engines.cpu._jit import bare, inner, lanes, stamp
 from refattn.engines.cpu.blocks import Blocks, located, scales
 from refattn.engines.cpu.cached import Norms
 from refattn.engines.cpu.columns import LEAST, scaled, valued, weights
@@ -34,6 +33,7 @@ from refattn.engines.cpu.tiles import bend
 from refattn.engines.cpu.tuples import lent
 from refattn.engines.cpu.vectors import FLOAT32, take
 from refattn.engines.cpu.work import KEYS, Array, Arrays, Ends, Results, Rows
+from refattn.jit import bare, inner, lanes, stamp
 
 MOST = 16  # of a key head at most; with few keys fewer, as was measured: 4 always, 8 from 128 keys on
 _ALWAYS = 4

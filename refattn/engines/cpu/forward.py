@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 
 from refattn.engines.cpu import bounds, logits, sight, skipping, tiles, tuples, vectors, work
-from refattn.engines.cpu._jit import bare, inner, lanes, stamp
 from refattn.engines.cpu.logits import scores, stored
 from refattn.engines.cpu.sight import NOTHING, POSITIONS, SEGMENTS, reach, see
 from refattn.engines.cpu.skipping import Norms, begin, first_tile, note, skipped
@@ -41,6 +40,7 @@ from refattn.engines.cpu.work import (
     settle,
     tiles_of,
 )
+from refattn.jit import bare, inner, lanes, stamp
 
 
 class Shape(NamedTuple):

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from refattn.engines.cpu import bounds, cached, skipping, tiles, vectors, work
-from refattn.engines.cpu._jit import bare, inner, stamp
 from refattn.engines.cpu.cached import NEVER, Norms
 from refattn.engines.cpu.skipping import LSE, OUT, SLACK
 from refattn.engines.cpu.work import KEYS, LN2, Array, Arrays
+from refattn.jit import bare, inner, stamp
 
 _FAR = -(1 << 29)
 _NEAR = 2  # tiles that are decoded first

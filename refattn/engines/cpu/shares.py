@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refattn.engines.cpu._jit import inner, lanes
 from refattn.engines.cpu.columns import LEAST, added, sloped
 from refattn.engines.cpu.lines import PARTS
 from refattn.engines.cpu.sight import MASKS, POSITIONS, SEGMENTS
 from refattn.engines.cpu.tiles import BOTTOM, hide, keep, part
 from refattn.engines.cpu.work import KEYS, LN2, LOG2E, Array, Arrays, Ends, Results, Rows, own
+from refattn.jit import inner, lanes
 
 TILES = 8  # of keys whose weights are made together
 _LEAST = 512  # keys in a share, but for the last

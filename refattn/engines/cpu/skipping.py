@@ -32,11 +32,11 @@ import ml_dtypes
 import numpy as np
 
 from refattn.engines.cpu import bounds, tiles, vectors, work
-from refattn.engines.cpu._jit import bare, inner, stamp
 from refattn.engines.cpu.bounds import afford, gauge, lengths, peaks, squares
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.vectors import BFLOAT16, FLOAT16, FLOAT32
 from refattn.engines.cpu.work import KEYS, Array, Arrays, Rows, Tile
+from refattn.jit import bare, inner, stamp
 from refattn.plan import Dense, Score, Slope, Table
 
 VARIABLE = "REFATTN_SKIPPING"

@@ -38,7 +38,6 @@ from typing import NamedTuple
 import numpy as np
 
 from refattn.engines.cpu import backward, bounds, gradients, logits, sight, skipping, tiles, tuples, vectors, work
-from refattn.engines.cpu._jit import bare, inner, stamp
 from refattn.engines.cpu.backward import Given, enter, weights
 from refattn.engines.cpu.bounds import charge, gauge, magnitudes, weigh_bound
 from refattn.engines.cpu.forward import Shape
@@ -49,6 +48,7 @@ from refattn.engines.cpu.tiles import accumulate, fill
 from refattn.engines.cpu.tuples import lent
 from refattn.engines.cpu.vectors import take
 from refattn.engines.cpu.work import KEYS, Array, Arrays, Ends, Rows, Tile, ends_of, lay, locate, scratch, tiles_of
+from refattn.jit import bare, inner, stamp
 
 SHORTEST = 640  # keys: below, the search costs what it spares
 _NEAREST = 2  # tiles that a share is told by

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from refattn import jit
 from refattn.cache import extend
 from refattn.engines.cpu import (
-    _jit,
     adjoint,
     backward,
     cached,
@@ -55,7 +55,7 @@ def kernels() -> Iterator[Kernel]:
     """Every kernel that this processor runs: of each storage the tiled ones, of each float type those row by row."""
     falling, long = (Slope(slopes=np.ones(1)),), skipping.SHORTEST
     kinds = [np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16)]
-    lane = _jit.lanes()
+    lane = jit.lanes()
     for kind in kinds:
         code = storage.storage_of(np.zeros(0, kind))
         if code is None:
@@ -94,7 +94,7 @@ def kernels() -> Iterator[Kernel]:
 def _decode(kind: np.dtype[Any], code: int) -> Iterator[Kernel]:
     for tabled in (False, True):
         name = f"decode, {kind}{' in pages' if tabled else ''}"
-        yield Kernel(name, (decode.kernel(_jit.lanes(), code, tabled),), partial(_read, kind, tabled))
+        yield Kernel(name, (decode.kernel(jit.lanes(), code, tabled),), partial(_read, kind, tabled))
 
 
 def folder() -> Path | None:
