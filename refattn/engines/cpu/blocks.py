@@ -107,7 +107,7 @@ def on_pages(blocks: int, size: int, table: Array, lengths: Array, gradient: Arr
     """
     found = np.zeros((blocks, gradient.shape[1], size, gradient.shape[3]), gradient.dtype)
     for names, length, row in zip(table, lengths.tolist(), gradient, strict=True):
-        for m in range(-(-length // size)):
+        for m in range(-(-length // size) if size else 0):
             found[names[m]] += row[:, m * size : (m + 1) * size]
     return found
 
