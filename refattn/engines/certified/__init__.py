@@ -192,7 +192,7 @@ def _checked(name: str, found: Rounded, check: Any, clean: bool, by: NDArray[np.
         # From finite inputs an infinite bound means that float64 overflowed on the way, which refutes nothing.
         same |= np.isposinf(check.e)
     if not same.all():
-        where = tuple(int(i[0]) for i in np.nonzero(~same))
+        where = tuple(map(int, np.argwhere(~same)[0]))
         raise RefattnError(
             f"{name}{list(where)}: balls say {value[where]!r}, float64 says {check.x[where]!r} ± {check.e[where]!r}; "
             "one of the two arithmetics is wrong, please report this"

@@ -23,8 +23,8 @@ Floats = NDArray[np.float64]
 _LIFTED = 1 << 14
 # Entries of a bias that a lowering makes, as balls: a few of 100 bytes each.
 _TABLE = 1 << 18
-# Exponents within these bounds keep every product of the tier clear of underflow and overflow.
-_LEAST, _MOST = -200, 200
+# Multiples of 2^-100 up to 2^200 keep every error of the tier clear of underflow, and everything of overflow.
+_LEAST, _MOST = -100, 200
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def exact_plan(problem: Problem, cotangents: Mapping[str, NDArray[Any]], wrt: Se
     shape = (*plan.q.shape[:3], plan.v.shape[3])
     dout = np.asarray(cotangents.get("out", np.zeros(shape)), np.float64)
     dlse = np.asarray(cotangents.get("lse", np.zeros(shape[:3])), np.float64)
-    if not all(np.isfinite(a).all() for a in (plan.q, plan.k, plan.v, dout, dlse) if a is not None):
+    if not (_numbers(plan) and np.isfinite(dout).all() and np.isfinite(dlse).all()):
         return None
     slices = _widths(plan, dout, dlse, bool(wrt))
     return None if slices is None else ExactPlan(plan, dout, dlse, *slices, biases)
@@ -123,15 +123,21 @@ def _known(plan: Score, inputs: Mapping[str, Any]) -> bool:
     plain = plain and not (plan.relative or plan.v_table) and plan.k_scale is None and plan.v_scale is None
     # A mask that a lowering makes might come from numbers, which stand in as NaN.
     given = [plan.mask, None if plan.keep is None else plan.keep[0]]
-    plain = plain and all(a is None or any(a is b for b in inputs.values()) for a in given)
-    return plain and (plan.sink is None or bool(np.isfinite(plan.sink).all()))
+    return plain and all(a is None or any(a is b for b in inputs.values()) for a in given)
+
+
+def _numbers(plan: Score) -> bool:
+    """Whether every leaf holds numbers alone; −∞ in a bias masks, and is one."""
+    masks = [id(bias.values) for bias in plan.bias if not isinstance(bias, Slope)]
+    return all((np.isfinite(a) | (np.isneginf(a) & (id(a) in masks))).all() for a in leaves(plan).values())
 
 
 def _widths(plan: Score, dout: Floats, dlse: Floats, gradients: bool) -> tuple[Fixed, float] | None:
     """Slices and the bound of the scores' cotangents; None where numbers have too many bits, or are too far from 1."""
     (nq, eq), (nk, ek), (nv, ev), (no, eo) = (whole(a) for a in (plan.q, plan.k, plan.v, dout))
     rest = [whole(a[np.isfinite(a)]) for n, a in leaves(plan).items() if n not in "qkv"]
-    for n, e in ((nq, eq), (nk, ek), (nv, ev), (no, eo), whole(plan.scale), whole(dlse), *rest):
+    rest += [whole(x) for x in (plan.scale, dlse, 1.0 if plan.keep is None else plan.keep[1])]
+    for n, e in ((nq, eq), (nk, ek), (nv, ev), (no, eo), *rest):
         if n and (e < _LEAST or n.bit_length() + e > _MOST):
             return None
     lq, lk = plan.q.shape[2], plan.k.shape[2]

@@ -62,9 +62,10 @@ class Pairs(NamedTuple):
         return Pairs(*(part.reshape(self.h.shape) for part in (a.h, a.l, e)))
 
     def enclosure(self) -> Enclosure:
-        """With what the roundings of the errors themselves may have lost."""
-        e = np.where(np.isnan(self.e), np.inf, self.e)
-        return Enclosure(self.h, self.l, np.where(e > 0, e * _SLACK + _UNDERFLOW, 0.0))
+        """With what the roundings of the errors themselves may have lost; of a number without a bound h is any."""
+        open_ = ~np.isfinite(self.e)
+        h, l = (np.where(open_, 0.0, part) for part in self[:2])
+        return Enclosure(h, l, np.where(open_, np.inf, np.where(self.e > 0, self.e * _SLACK + _UNDERFLOW, 0.0)))
 
 
 def zeros(*shape: int) -> Pairs:
@@ -126,7 +127,8 @@ class Fixed:
         if not 0 < top < np.inf:
             return np.full((e.shape[0], matrix.shape[1]), top) if top else np.zeros((e.shape[0], matrix.shape[1]))
         unit = 2.0 ** (int(np.frexp(top)[1]) - self.bits)
-        whole_errors = np.ceil(e / unit)
+        # The quotient of the least error by the largest may underflow.
+        whole_errors = np.maximum(np.ceil(e / unit), e > 0)
         blocks = [slice(start, start + BLOCK) for start in range(0, e.shape[1], BLOCK)]
         found: Floats = sum((whole_errors[:, block] @ np.abs(matrix[block]) for block in blocks), np.zeros(()))
         return found * unit

@@ -101,7 +101,7 @@ def _verdicts(values: Field, where: NDArray[np.bool_], to_nearest: bool) -> list
     bounded = np.isfinite(t) & np.isfinite(r) & where
     ends = iter(values.balls.endpoints(bounded))
     found: list[Verdict | None] = []
-    for at in zip(*np.nonzero(where), strict=True):
+    for at in map(tuple, np.argwhere(where)):
         if not bounded[at]:
             found.append(None)
             continue
@@ -133,7 +133,7 @@ def _taken(old: Rounded, open_: NDArray[np.bool_], verdicts: Sequence[Verdict | 
     """The old roundings with what the verdicts settle for a prime of that many bits."""
     copies: Any = (part.copy() for part in old)
     new = Rounded(*copies)
-    for at, verdict in zip(zip(*np.nonzero(open_), strict=True), verdicts, strict=True):
+    for at, verdict in zip(map(tuple, np.argwhere(open_)), verdicts, strict=True):
         if verdict is not None and verdict.bits <= bits:
             # Division of integers rounds to nearest, ties to even.
             new.nearest[at] = near = float(verdict.value)

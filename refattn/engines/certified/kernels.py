@@ -40,8 +40,9 @@ FAR = 90.0
 FAR_ERROR = 2.0**-129
 # Relative errors up to here are right to first order.
 _SMALL = 2.0**-40
-# A sink this far above the scores is left to other tiers, and one this far below counts as 0.
-_SINK_REACH = 500.0
+# A sink this far above the scores is left to other tiers; one this far below, e^-100 < 2^-144, counts as 0. Further off,
+# gradients and their errors might underflow.
+_SINK_REACH, _SINK_ERROR = 100.0, 2.0**-144
 
 
 @inlined
@@ -86,7 +87,7 @@ def exponentials(sink: float, top: Floats, h: Floats, l: Floats, e: Floats) -> N
         if xh > _SINK_REACH:
             h[i], l[i], e[i] = 1.0, 0.0, np.inf
         elif xh < -_SINK_REACH:
-            h[i], l[i], e[i] = 0.0, 0.0, 2.0**-700
+            h[i], l[i], e[i] = 0.0, 0.0, _SINK_ERROR
         else:
             h[i], l[i] = exp(xh, xl)
             e[i] = EXP * h[i]

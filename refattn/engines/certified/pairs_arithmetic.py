@@ -25,7 +25,7 @@ SLACK = 1 + 2.0**-26
 # The cross terms of a product, rounded three times, and the product of the tails, which is dropped.
 CROSS = 2.0**-51
 # Below SMALL the rest of a product may be no double: it is dropped, and FLOOR covers it and every underflow besides.
-SMALL, FLOOR = 2.0**-900, 2.0**-940
+SMALL, FLOOR, LEAST = 2.0**-900, 2.0**-940, 2.0**-1074
 
 
 class Triple(NamedTuple):
@@ -103,7 +103,9 @@ def rules(compiled: Callable[[Any], Any], where: Callable[..., Any]) -> Rules:
         h, low = two_sum(q, (((a.h - p) - r) + (a.low - q * b.low)) / b.h)
         rest = apart(Triple(a.h, a.low, 0.0), mul(Triple(h, low, 0.0), Triple(b.h, b.low, 0.0)))
         least = np.abs(b.h) * (1 - 2.0**-50) - b.e
-        stray = (rest + a.e + np.abs(h) * b.e) * SLACK
+        # A product of radii that underflows loses up to this, which a small divisor makes large.
+        lost = where(b.e > 0, LEAST, 0.0)
+        stray = (rest + a.e + np.abs(h) * b.e + lost) * SLACK
         e = stray / least * SLACK + where(rest + a.e + b.e > 0, FLOOR, 0.0)
         e = where(least > 0, e, np.inf)
         return Triple(h, low, where((a.h == 0) & (a.e == 0) & (least > 0), 0.0, e))

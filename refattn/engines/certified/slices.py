@@ -214,7 +214,7 @@ class Backward:
         dq.e[:] += fixed.error(ds.e, key)
         self.d["q"].put(x.at.key, dq)
         for sums in self.bias.values():
-            sums.add(x, ds, parts, (w.h + w.e) * x.strain.score)
+            sums.add(x, ds, parts, _most(w) * x.strain.score)
         self._collect("k", x, parts, ds.e, query)
 
         parts = fixed.cut(w, _TOP)
@@ -241,8 +241,7 @@ class Backward:
     def _limit(self, x: Weights, w: Pairs, query: Floats, key: Floats, dout: Floats) -> None:
         scale, at = abs(self.given.plan.scale), (x.at.b, x.at.g, x.keys)
         q, k, do = (np.abs(a).max(0, initial=0.0) for a in (query, key, dout))
-        # Weights that count as 0 have their size for an error.
-        most = w.h + w.e
+        most = _most(w)
         self.limits["q"][x.at.key] = scale * x.strain.score * k
         self.limits["k"][at] += scale * (most * x.strain.score).sum(0)[:, None] * q
         self.limits["v"][at] += (most * x.strain.weight).sum(0)[:, None] * do / self.given.probability
@@ -257,7 +256,7 @@ class Backward:
         total = zeros(1)
         kernels.inner(np.ones((1, len(found.h))), found.h.T.copy(), found.l.T.copy(), found.e.T.copy(), *total)
         self.sink.put([x.at.h], self.sink.at([x.at.h]).plus(total))
-        self.limits["sink"][x.at.h] += ((w.h + w.e) * x.strain.score).sum()
+        self.limits["sink"][x.at.h] += (_most(w) * x.strain.score).sum()
 
     def flush(self, b: int, g: int) -> None:
         """Add the sums of slices to dk and dv of a key head, and begin anew."""
@@ -381,6 +380,11 @@ def _exponential(sink: float, top: Floats) -> Pairs:
     found = zeros(len(top))
     kernels.exponentials(sink, top, *found)
     return Pairs(*(a[:, None] for a in found))
+
+
+def _most(w: Pairs) -> Floats:
+    """Bounds of normalised weights: those that count as 0 have their size for an error, those without a bound 1."""
+    return np.fmin(w.h + w.e, 1.0)
 
 
 def _flat(x: Pairs) -> Pairs:
