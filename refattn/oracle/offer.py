@@ -97,6 +97,7 @@ def offer(golden: Golden, takes: Declared) -> Offer:
         given = getattr(spec, name)
         if given is not False and given not in (None, (None, None), "softmax"):
             arguments[name] = given
+    arguments |= {"overflow": golden.overflow} if golden.overflow != "nonsaturate" else {}
     if spec.scale != sqrt_reciprocal(golden.sizes["D"]):
         arguments["scale"] = spec.scale
     arguments |= {name: arrays[name] for name in _PASSED_AS_THEY_ARE if name in arrays}

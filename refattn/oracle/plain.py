@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from refattn.dtypes import format_of
+
 ROWS = 1024  # rows of scores held at a time
 
 
@@ -20,7 +22,7 @@ class Plain:
         self, q: Any, k: Any, v: Any, *, causal: Any = None, window: Any = None, scale: Any = None, softcap: Any = None,
         bias: Any = None, alibi_slopes: Any = None, mask: Any = None, sink: Any = None, segment_ids: Any = None,
         q_lengths: Any = None, kv_lengths: Any = None, q_positions: Any = None, k_positions: Any = None,
-        keep: Any = None, dout: Any = None, dlse: Any = None,
+        keep: Any = None, overflow: str = "nonsaturate", dout: Any = None, dlse: Any = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Out (B,Hq,Lq,Dv), lse (B,Hq,Lq), and the gradients of all real inputs."""
         work = np.float64 if q.dtype == np.float64 else np.float32
@@ -48,6 +50,10 @@ class Plain:
                 if dout is not None:
                     dl = np.zeros(len(rows), work) if dlse is None else dlse[b, h, rows].astype(work)
                     self.backward(a, r, f, dout[b, h, rows].astype(work), dl)
+        if overflow == "saturate":
+            largest = work(format_of(q.dtype).max_finite)
+            for name in ("out", "dq", "dk", "dv"):
+                getattr(r, name).clip(-largest, largest, out=getattr(r, name))
         return self.results(a, r, q.dtype, work, dout is not None)
 
     def results(self, a: Any, r: Any, dtype: Any, wide: Any, gradients: bool) -> dict[str, Any]:

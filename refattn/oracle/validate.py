@@ -42,7 +42,8 @@ def validate(
         window (left, right); scale where it is not D^-1/2; softcap; bias, dense; mask; sink; segment_ids, a pair;
         q_lengths, kv_lengths, q_positions, k_positions; keep (mask, probability); alibi_slopes (Hq,), else a dense
         bias; normalizer "sigmoid" and its sigmoid_bias; int8 k and v with k_scale and v_scale; k and v in blocks
-        with block_table and kv_lengths; rotary, and content, terms as plain data, {"variant": "rope", "pairing":
+        with block_table and kv_lengths; overflow="saturate" where a result beyond the dtype's largest number is to be
+        that number, not infinity or NaN; rotary, and content, terms as plain data, {"variant": "rope", "pairing":
         "half", ...}, and their arrays by name. A parameter `dout` (and `dlse`) receives the cotangents, so that
         gradients can be returned.
         A variant beside SDPA is asked by the names of its own arrays and options, all of which fn must declare.

@@ -139,7 +139,7 @@ def test_a_correct_implementation_passes_the_committed_suite(fn):
     report = validate(fn, folder=folder_of_suite())
     assert report.ok, repr(report)
     assert len(report.passed) >= 80
-    refused = [load(line.case).spec for line in report.unsupported]
+    refused = [load(line.case).spec for line in report.unsupported if load(line.case).overflow == "nonsaturate"]
     assert all(spec.variant != "sdpa" or spec.content or beyond_a_softmax_of_reals(spec) for spec in refused)
 
 
