@@ -40,8 +40,8 @@ FAR = 90.0
 FAR_ERROR = 2.0**-129
 # Relative errors up to here are right to first order.
 _SMALL = 2.0**-40
-# A sink this far above the scores is left to other tiers; one this far below, e^-100 < 2^-144, counts as 0. Further off,
-# gradients and their errors might underflow.
+# A sink this far above the scores is left to other tiers; one this far below, e^-100 < 2^-144, counts as 0. Further
+# off, gradients and their errors might underflow.
 _SINK_REACH, _SINK_ERROR = 100.0, 2.0**-144
 
 
