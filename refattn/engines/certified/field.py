@@ -52,7 +52,8 @@ class FieldSpace:
 
     def chance(self, weight: float) -> float:
         """log2 of a bound on the chance that an element of this weight has residue 0 without being 0."""
-        total = weight + self.asked**2 * (2 * self.heaviest + 1)
+        # Two of them may be equal or, where a function is mirrored, negatives; one may be a point of `_POINTS`.
+        total = weight + self.asked * (self.asked + 1) * (2 * self.heaviest + 1)
         bits = self.fineness.bit_length() - self.modulus.bits + 2
         return math.inf if math.isinf(total) else math.log2(total + 1) + bits
 
