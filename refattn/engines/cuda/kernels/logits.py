@@ -1,0 +1,90 @@
+"""The logit of a pair from its product q·k: scale or softcap, biases, masks; in units of log 2."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refattn.engines.cuda.kernels.form import Form
+
+F = np.float32
+
+
+class Logits(NamedTuple):
+    """Device functions."""
+
+    place: Any
+    part: Any
+    logit: Any
+
+
+def make(ops: Any, form: Form) -> Logits:
+    """`logit(x, b, h, i, place, part, j, key_place, key_part, product, some)`: −∞ where row i must not see key j.
+
+    `some`: whether anything of the tile may be hidden. A logit that is not finite though it is seen becomes NaN, which
+    is what a row then is. `place(pointer, start, i, length)` and `part`: the position and segment of row or key i, 0
+    where the form does not need them or where i has none.
+    """
+    positions, segments, mask, placed = form.positions, form.segments, form.mask, form.placed
+    slopes, table, dense, softcap = form.slopes, form.table, form.dense, form.softcap
+    zero, one, log2e, bottom = F(0), F(1), F(1.4426950408889634), F(-np.inf)
+    tanh = _tanh(ops)
+
+    @ops.device
+    def place(pointer, start, i, length):  # type: ignore[no-untyped-def]
+        return ops.read(pointer, start + i) if placed and i < length else 0
+
+    @ops.device
+    def part(pointer, start, i, length):  # type: ignore[no-untyped-def]
+        return ops.read(pointer, start + i) if segments and i < length else 0
+
+    @ops.device
+    def logit(x, b, h, i, place, part, j, key_place, key_part, product, some):  # type: ignore[no-untyped-def]
+        away, live = key_place - place, True
+        # What is not finite times 0 is NaN.
+        s = product * zero + product
+        s = x.cap[1] * tanh(s * x.cap[0]) if softcap else s * x.unit
+        if slopes:
+            s = s - ops.read(x.slopes, h) * ops.absolute(F(away))
+        if table or dense or mask:
+            live = i < x.lq and j < x.lk
+        if table and live:
+            bias = ops.read(x.table, h * x.columns + x.zero + away)
+            live = bias != bottom
+            s = s + bias
+        if dense and live:
+            at = i * x.dense_strides[2] + j * x.dense_strides[3]
+            bias = ops.read(ops.past(x.dense, b * x.dense_strides[0] + h * x.dense_strides[1]), at)
+            live = bias != bottom
+            s = s + bias * log2e
+        if table or dense:
+            s = s * zero + s
+        if mask and live:
+            at = i * x.mask_strides[2] + j * x.mask_strides[3]
+            live = ops.read(ops.past(x.mask, b * x.mask_strides[0] + h * x.mask_strides[1]), at) != 0
+        if some:
+            live = live and j < ops.read(x.k_length, b)
+            if positions:
+                live = live and x.span[0] <= away <= x.span[1]
+            if segments:
+                live = live and part == key_part
+        return s if live else bottom
+
+    return Logits(place, part, logit)
+
+
+def _tanh(ops: Any) -> Any:
+    """Tanh within a few ulp: an odd polynomial near 0, where 1 − 2 / (1 + e²ˣ) would cancel."""
+    one, two, far = F(1), F(2), F(0.3)
+    c1, c2, c3, c4 = F(-1 / 3), F(2 / 15), F(-17 / 315), F(62 / 2835)
+    c5, twice = F(-1382 / 155925), F(2 * 1.4426950408889634)
+
+    @ops.device
+    def tanh(x):  # type: ignore[no-untyped-def]
+        y = x * x
+        near = x + x * y * (c1 + y * (c2 + y * (c3 + y * (c4 + y * c5))))
+        away = one - ops.divide(two, one + ops.exp2(x * twice))
+        return near if ops.absolute(x) < far else away
+
+    return tanh

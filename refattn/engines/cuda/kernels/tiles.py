@@ -1,0 +1,44 @@
+"""Rows of a matrix on their way from global to shared memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from refattn.engines.cuda.kernels.form import Form
+
+
+def make(ops: Any, form: Form, rows: int, columns: int, stride: int) -> Any:
+    """`fill(word, p, step, first, length)`: asynchronous copies of `rows` rows from row `first` on, 0 from `length` on.
+
+    p points to row 0, rows lie `step` elements apart, `columns` long. In shared memory the first is at `word`, rows lie
+    `stride` words apart and are filled with 0 up to the last 4 of those words, which nobody reads: they make rows that
+    are a power of 2 long begin in different banks.
+    """
+    narrow, wide, threads = form.storage != "float32", form.wide, form.threads
+    chunk = 8 if narrow else 4  # elements in 16 bytes
+    count = (stride - 4) // 4
+    across = min(1 << (count - 1).bit_length(), threads)
+    shift, rest, down = across.bit_length() - 1, across - 1, threads // across
+
+    @ops.device
+    def copied(word, p, element, column, live):  # type: ignore[no-untyped-def]
+        """16 bytes, in one piece or as many as their alignment asks."""
+        if wide:
+            ops.copy16(word, p, element, live and column < columns)
+        elif narrow:
+            for n in range(4):
+                low = ops.read(p, element + 2 * n) if live and column + 2 * n < columns else 0
+                high = ops.read(p, element + 2 * n + 1) if live and column + 2 * n + 1 < columns else 0
+                ops.put_bits(word + n, ops.join(low, high))
+        else:
+            for n in range(4):
+                ops.copy4(word + n, p, element + n, live and column + n < columns)
+
+    @ops.device
+    def fill(word, p, step, first, length):  # type: ignore[no-untyped-def]
+        t = ops.thread()
+        for r in range(t >> shift, rows, down):
+            for c in range(t & rest, count, across):
+                copied(word + r * stride + 4 * c, p, (first + r) * step + chunk * c, chunk * c, first + r < length)
+
+    return fill
