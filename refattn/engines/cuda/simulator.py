@@ -63,23 +63,24 @@ class Shared:
 
     def check(self, word: int, count: int, *, writes: bool) -> None:
         """Records an access of the running thread to so many words, and raises where it is a race."""
-        now = stamp()
+        now = running().now
         if word % count or not 0 <= word <= len(self.written) - count:
             raise SimulationError(f"words {word} to {word + count} of {len(self.written)} of shared memory")
         for i in range(word, word + count):
             if i in self.flying:
                 raise SimulationError(f"word {i} is touched while a copy to it is in flight")
             written, reader = self.written[i], self.readers[i]
-            if written is not None and not written.precedes(now):
-                raise SimulationError(f"race: word {i} was written by {written}, no barrier before {now}")
-            if not writes:
-                if written is None:
+            if written is None:
+                if not writes:
                     raise SimulationError(f"word {i} of shared memory is read, and nobody has written it")
-                self.readers[i] = _together(reader, now)
-            else:
+            elif written.barriers >= now.barriers and not written.precedes(now):
+                raise SimulationError(f"race: word {i} was written by {written}, no barrier before {now}")
+            if writes:
                 if reader is not None and not reader.precedes(now):
                     raise SimulationError(f"race: word {i} was read by {reader}, no barrier before {now}")
                 self.written[i], self.readers[i] = now, None
+            elif reader is not now:
+                self.readers[i] = now if reader is None else _together(reader, now)
 
     def fly(self, copy: Copy) -> None:
         """Begins a copy."""
@@ -92,19 +93,19 @@ class Shared:
             self.bits[copy.word : copy.word + len(copy.bits)] = copy.bits
             copy.landed = True
         if waited:
-            now = stamp()
+            now = running().now
             for i in range(copy.word, copy.word + len(copy.bits)):
                 self.flying.discard(i)
                 self.written[i] = now
 
 
-def _together(reader: Stamp | None, now: Stamp) -> Stamp:
+def _together(reader: Stamp, now: Stamp) -> Stamp:
     """Stands for all readers since the last write: of one warp, or of several, where only a barrier orders them."""
-    if reader is None or reader.precedes(now):
+    if reader.barriers < now.barriers or reader.precedes(now):
         return now
     if reader.warp == now.warp:
-        return now._replace(thread=now.thread if reader.thread == now.thread else NOBODY)
-    return now._replace(thread=NOBODY, warp=SEVERAL)
+        return reader if reader.thread == NOBODY else Stamp(NOBODY, *now[1:])
+    return reader if reader.warp == SEVERAL else Stamp(NOBODY, SEVERAL, *now[2:])
 
 
 class Thread(greenlet):
@@ -114,6 +115,7 @@ class Thread(greenlet):
         super().__init__(run, block.home)
         self.gr_context = contextvars.copy_context()
         self.block, self.index, self.warp = block, index, block.warps[index // LANES]
+        self.now = Stamp(index, self.warp.index, 0, 0)
         self.request: Request | None = None
         self.answer: Any = None
         self.copies: list[Copy] = []
@@ -134,7 +136,6 @@ class Warp:
 
     index: int
     lanes: list[Thread] = field(default_factory=list)
-    syncs: int = 0
 
     def asked(self) -> Request | None:
         """What all lanes ask for; None if all are done."""
@@ -152,7 +153,7 @@ class Block:
         threads, words = sizes
         if threads % LANES:
             raise SimulationError(f"{threads} threads are no whole number of warps")
-        self.home, self.at, self.rng, self.barriers = greenlet.getcurrent(), at, rng, 0
+        self.home, self.at, self.rng = greenlet.getcurrent(), at, rng
         self.shared, self.eager = Shared(words), rng.random() < 0.5
         self.warps = [Warp(n) for n in range(threads // LANES)]
         for index in range(threads):
@@ -190,9 +191,10 @@ class Block:
                 return request
             collective, lanes = COLLECTIVES[request.name], warp.lanes
             answers = collective([lane.request.operand for lane in lanes if lane.request])
-            warp.syncs += request.name == "warp_sync"
             for lane, answer in zip(lanes, answers, strict=True):
                 lane.answer = answer
+                if request.name == "warp_sync":
+                    lane.now = lane.now._replace(syncs=lane.now.syncs + 1)
 
     def meet(self, waiting: dict[int, Request]) -> None:
         """All warps have come to a barrier."""
@@ -201,8 +203,7 @@ class Block:
         lanes = [lane for warp in self.warps for lane in warp.lanes]
         flag = any(lane.request.operand for lane in lanes if lane.request)
         for lane in lanes:
-            lane.answer = flag
-        self.barriers += 1
+            lane.answer, lane.now = flag, lane.now._replace(barriers=lane.now.barriers + 1)
 
 
 COLLECTIVES: dict[str, Callable[[Sequence[Any]], Sequence[Any]]] = {"warp_sync": lambda operands: operands}
@@ -213,12 +214,6 @@ def running() -> Thread:
     current = greenlet.getcurrent()
     assert isinstance(current, Thread)
     return current
-
-
-def stamp() -> Stamp:
-    """The running thread, now."""
-    thread = running()
-    return Stamp(thread.index, thread.warp.index, thread.block.barriers, thread.warp.syncs)
 
 
 def collective(name: str, operand: Any = None) -> Any:

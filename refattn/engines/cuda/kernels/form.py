@@ -11,7 +11,7 @@ class Form(NamedTuple):
     """A kernel's constants.
 
     depth, width: D and Dv; storage of q, k, v and out: float32, bfloat16 or float16; wide: rows begin at multiples of
-    16 bytes. rows, keys: of a tile; threads: of a block. positions, segments, mask: whether these hide pairs; slopes,
+    16 bytes. rows, keys: of a tile; threads: of a block, of which `lanes` share the rows of a product in float32. positions, segments, mask: whether these hide pairs; slopes,
     table, dense: which biases there are; softcap.
     """
 
@@ -22,6 +22,7 @@ class Form(NamedTuple):
     rows: int
     keys: int
     threads: int
+    lanes: int = 16
     positions: bool = False
     segments: bool = False
     mask: bool = False

@@ -46,7 +46,7 @@ def make(ops: Any, form: Form) -> Logits:
         s = product * zero + product
         s = x.cap[1] * tanh(s * x.cap[0]) if softcap else s * x.unit
         if slopes:
-            s = s - ops.read(x.slopes, h) * ops.absolute(F(away))
+            s = s - ops.read(x.slopes, h) * ops.absolute(F(np.int32(away)))
         if table or dense or mask:
             live = i < x.lq and j < x.lk
         if table and live:

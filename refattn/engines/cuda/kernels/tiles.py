@@ -7,10 +7,10 @@ from typing import Any
 from refattn.engines.cuda.kernels.form import Form
 
 
-def make(ops: Any, form: Form, rows: int, columns: int, stride: int) -> Any:
-    """`fill(word, p, step, first, length)`: asynchronous copies of `rows` rows from row `first` on, 0 from `length` on.
+def make(ops: Any, form: Form, base: int, rows: int, columns: int, stride: int) -> Any:
+    """`fill(p, step, first, length)`: asynchronous copies of `rows` rows from row `first` on, 0 from `length` on.
 
-    p points to row 0, rows lie `step` elements apart, `columns` long. In shared memory the first is at `word`, rows lie
+    p points to row 0, rows lie `step` elements apart, `columns` long. In shared memory the first is at word `base`, rows lie
     `stride` words apart and are filled with 0 up to the last 4 of those words, which nobody reads: they make rows that
     are a power of 2 long begin in different banks.
     """
@@ -35,10 +35,14 @@ def make(ops: Any, form: Form, rows: int, columns: int, stride: int) -> Any:
                 ops.copy4(word + n, p, element + n, live and column + n < columns)
 
     @ops.device
-    def fill(word, p, step, first, length):  # type: ignore[no-untyped-def]
+    def fill(p, step, first, length):  # type: ignore[no-untyped-def]
         t = ops.thread()
-        for r in range(t >> shift, rows, down):
-            for c in range(t & rest, count, across):
-                copied(word + r * stride + 4 * c, p, (first + r) * step + chunk * c, chunk * c, first + r < length)
+        r = t >> shift
+        while r < rows:
+            c = t & rest
+            while c < count:
+                copied(base + r * stride + 4 * c, p, (first + r) * step + chunk * c, chunk * c, first + r < length)
+                c += across
+            r += down
 
     return fill
