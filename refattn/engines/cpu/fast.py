@@ -12,7 +12,7 @@ import numpy as np
 from refattn.engines.cpu import decode
 from refattn.engines.cpu.blocks import blocks, stored
 from refattn.engines.cpu.forward import kernel, shape_for
-from refattn.engines.cpu.operands import differences, span, stacked, summed
+from refattn.engines.cpu.operands import stacked
 from refattn.engines.cpu.pool import together
 from refattn.engines.cpu.skipping import norms
 from refattn.engines.cpu.storage import bits, storage_of
@@ -20,6 +20,7 @@ from refattn.engines.cpu.tiles import BOTTOM
 from refattn.engines.cpu.vectors import FLOAT32
 from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, Results, scratch, tiles_of
 from refattn.plan import Dense, Score, Slope, Table, keys
+from refattn.scoring import differences, span, summed
 
 Found = TypeVar("Found")
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from numba import cuda, types
 
-from refattn.engines.cuda import ptx
-from refattn.engines.cuda.kernels import forward32
 from refattn.engines.cuda.kernels.form import Arguments, Form
 
 F32, I32, I64 = types.float32, types.int32, types.int64

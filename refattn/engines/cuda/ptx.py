@@ -172,9 +172,9 @@ def get4(b: Any, i: Any) -> Any:
     return cgutils.pack_array(b, [b.extract_element(found, ir.Constant(_INT, n)) for n in range(4)])
 
 
-@primitive(U32, I32)
+@primitive(I32, I32)
 def get_bits(b: Any, i: Any) -> Any:
-    """Word i of shared memory as bits."""
+    """Word i of shared memory as bits, of which the highest may be a sign."""
     return b.load(_word(b, i))
 
 

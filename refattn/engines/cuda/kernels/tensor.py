@@ -76,7 +76,7 @@ def make(ops: Any, form: Form) -> Product:
         while n < v_words:
             if n % v_stride < v_columns:
                 word = ops.get_bits(v_word + n)
-                ops.put_bits(v_word + n, ops.join(swept(word & 0xFFFF, search), swept(word >> 16, search)))
+                ops.put_bits(v_word + n, ops.join(swept(word & 0xFFFF, search), swept(word >> 16 & 0xFFFF, search)))
             n += threads
 
     @ops.device

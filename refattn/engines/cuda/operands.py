@@ -1,0 +1,182 @@
+"""A Score plan as a kernel takes it: the form it is compiled for and its arguments, arrays where pointers will stand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refattn.engines.cuda.kernels.form import Arguments, Form
+from refattn.plan import Dense, Score, Slope, Table
+from refattn.scoring import differences, span, summed
+
+Array = NDArray[Any]
+
+LOG2E = 1 / math.log(2.0)
+STORAGE = ("float32", "bfloat16", "float16")
+DEEPEST = 128  # of D and Dv, for more would not fit the registers
+_FARTHEST = 1 << 29  # differences of positions stay well inside int32
+_EXACT = 1 << 23  # differences of positions in float32
+_LARGEST = 1e30  # a few factors below do not overflow
+
+
+def refuses(plan: Score) -> str | None:
+    """What of a plan the kernels have not, as the end of a sentence, or None."""
+    others = [("relative", "vectors by relative position"), ("v_table", "values by relative position")]
+    others += [("keep", "dropout"), ("pages", "paged keys"), ("k_scale", "int8 keys"), ("v_scale", "int8 values")]
+    for field, what in others:
+        if getattr(plan, field):
+            return what
+    if plan.normalizer != "softmax":
+        return "sigmoid weights"
+    if max(plan.q.shape[3], plan.v.shape[3]) > DEEPEST:
+        return f"heads of more than {DEEPEST} numbers"
+    integers = [*plan.positions, *(plan.segments or ())]
+    if any(a.size and max(-int(a.min()), int(a.max())) > _FARTHEST for a in integers):
+        return "positions or segments beyond 2^29"
+    if any(isinstance(b, Slope) for b in plan.bias) and any(np.abs(a).max() > _EXACT for a in plan.positions if a.size):
+        return "slopes of positions beyond 2^23"
+    factors = [plan.scale, *([] if plan.softcap is None else [plan.softcap, plan.scale / plan.softcap])]
+    if any(number and not 1 / _LARGEST < abs(number) < _LARGEST for number in factors):
+        return "a scale or softcap at the ends of float32"
+    return None
+
+
+def form_of(plan: Score, storage: str, wide: bool) -> Form:
+    """The form of a plan whose q, k and v are stored so."""
+    depth, width = plan.q.shape[3], plan.v.shape[3]
+    small = storage == "float32" and max(depth, width) > 64
+    low, high = span(plan)
+    limits = _limits(plan)
+    return Form(
+        depth=depth,
+        width=width,
+        storage=storage,
+        wide=wide,
+        rows=64,
+        keys=32 if small else 64,
+        threads=128,
+        lanes=16,
+        positions=low > -limits or high < limits,
+        segments=plan.segments is not None,
+        mask=plan.mask is not None,
+        slopes=any(isinstance(b, Slope) for b in plan.bias),
+        table=any(isinstance(b, Table) for b in plan.bias),
+        dense=any(isinstance(b, Dense) for b in plan.bias),
+        softcap=plan.softcap is not None,
+    )
+
+
+def arguments(plan: Score, form: Form, q: Any, k: Any, v: Any, out: Any, lse: Any) -> Arguments:
+    """What the kernel of the form is called with; q, k, v, out and lse stand in for the plan's, strides in elements."""
+    batch, heads, lq, _ = plan.q.shape
+    groups, lk = plan.k.shape[1:3]
+    q_length, k_length = plan.lengths or (np.full(batch, lq), np.full(batch, lk))
+    none = np.zeros((1, 0), np.int64)
+    segments = plan.segments or (none, none)
+    places = [_each(a, n) for a, n in zip(plan.positions, (lq, lk), strict=True)]
+    parts = [_each(a, n if a.size else 0) for a, n in zip(segments, (lq, lk), strict=True)]
+    table, zero = _table(plan, heads)
+    dense, dense_strides = _stepped(_total([b.values for b in plan.bias if isinstance(b, Dense)]), np.float32)
+    mask, mask_strides = _stepped(plan.mask, np.uint8)
+    slopes = sum((b.slopes for b in plan.bias if isinstance(b, Slope)), np.zeros(heads))
+    cap = (0.0, 0.0) if plan.softcap is None else (plan.scale / plan.softcap, plan.softcap * LOG2E)
+    return Arguments(
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        lse=lse,
+        q_at=places[0],
+        k_at=places[1],
+        q_segment=parts[0],
+        k_segment=parts[1],
+        q_ends=_ends(places[0], parts[0], q_length, form.rows),
+        k_ends=_ends(places[1], parts[1], k_length, form.keys),
+        q_length=np.asarray(q_length, np.int32),
+        k_length=np.asarray(k_length, np.int32),
+        slopes=_in_base_2(slopes),
+        sink=_in_base_2(np.full(heads, -np.inf) if plan.sink is None else plan.sink),
+        table=table,
+        dense=dense,
+        mask=mask,
+        heads=heads,
+        share=heads // groups,
+        lq=lq,
+        lk=lk,
+        q_strides=steps(q),
+        k_strides=steps(k),
+        v_strides=steps(v),
+        at_strides=tuple(a.shape[1] if a.shape[0] > 1 else 0 for a in (places[0], parts[0], places[1], parts[1])),
+        span=tuple(min(max(end, -4 * _FARTHEST), 4 * _FARTHEST - 1) for end in span(plan)),
+        unit=np.float32(plan.scale * LOG2E),
+        cap=tuple(map(np.float32, cap)),
+        columns=table.shape[1],
+        zero=zero,
+        dense_strides=dense_strides,
+        mask_strides=mask_strides,
+    )
+
+
+def steps(array: Any) -> tuple[int, ...]:
+    """Elements from batch to batch, head to head, row to row."""
+    return tuple(step // array.dtype.itemsize for step in array.strides[:3])
+
+
+def _limits(plan: Score) -> int:
+    """No difference of positions is larger."""
+    return sum(int(np.abs(a).max()) for a in plan.positions if a.size)
+
+
+def _each(integers: Array, length: int) -> Array:
+    """One int32 for each row or key: (1 or B, length)."""
+    return np.array(np.broadcast_to(integers, (integers.shape[0], length)), np.int32, order="C")
+
+
+def _ends(places: Array, parts: Array, lengths: Array, size: int) -> Array:
+    """Least and greatest position and segment of each tile, of what is inside its length, (B, tiles, 4) int32."""
+    batch, length = len(lengths), places.shape[1]
+    found = np.zeros((batch, -(-length // size), 4), np.int32)
+    for b, n in np.ndindex(found.shape[:2]):
+        inside = slice(n * size, min((n + 1) * size, int(lengths[b])))
+        place, part = places[b % len(places), inside], parts[b % len(parts), inside]
+        found[b, n, :2] = (place.min(), place.max()) if place.size else (1, 0)
+        found[b, n, 2:] = (part.min(), part.max()) if part.size else (0, 0)
+    return found
+
+
+def _in_base_2(numbers: Any) -> Array:
+    with np.errstate(over="ignore"):
+        return np.array(numbers * LOG2E, np.float32, order="C")
+
+
+def _table(plan: Score, heads: int) -> tuple[Array, int]:
+    """Sum of the tables, (Hq, n), and its column for the difference 0."""
+    tables = [b for b in plan.bias if isinstance(b, Table)]
+    low, count = differences(plan)
+    return _in_base_2(summed(tables, heads, low, count)), -low
+
+
+def _total(biases: Sequence[Array]) -> Array | None:
+    """Sum of the biases; −∞ where one masks, whatever another holds."""
+    if not biases:
+        return None
+    with np.errstate(invalid="ignore"):
+        total, masked = sum(biases[1:], biases[0]), np.isneginf(biases[0])
+        for bias in biases[1:]:
+            masked = masked | np.isneginf(bias)
+    return np.where(masked, -np.inf, total)
+
+
+def _stepped(array: Any, kind: Any) -> tuple[Array, tuple[int, int, int, int]]:
+    """The array flat, and what a step in b, h, i, j adds to an index, 0 where it is repeated."""
+    if array is None:
+        return np.zeros(0, kind), (0, 0, 0, 0)
+    shape = (1,) * (4 - array.ndim) + array.shape
+    step = np.cumprod((1, *shape[:0:-1]))[::-1]
+    with np.errstate(over="ignore"):
+        flat = np.array(array, kind, order="C").reshape(-1)
+    return flat, tuple(np.where(np.array(shape) > 1, step, 0).tolist())
