@@ -6,14 +6,15 @@ from refattn.engines.cuda import operands, sim, simulator
 from refattn.engines.cuda.kernels import forward
 
 # Tiles and blocks small enough that a few rows and keys make several of each.
-SMALL = {"float32": {"rows": 16, "keys": 16, "threads": 64, "lanes": 8}}
+SMALL = {"float32": {"rows": 8, "keys": 4, "threads": 32, "lanes": 4}}
 SMALL |= dict.fromkeys(("bfloat16", "float16"), {"rows": 32, "keys": 16, "threads": 64})
 
 
 def pointer(array):
-    bits = array.view(np.uint16) if array.dtype.itemsize == 2 else array
-    start = bits if bits.base is None or bits.flags.c_contiguous else bits.base
-    return sim.Pointer(np.ascontiguousarray(start).reshape(-1))
+    """To the whole memory of an array, of which it is the beginning."""
+    flat = (array if array.flags.c_contiguous else array.base).reshape(-1)
+    assert flat.ctypes.data == array.ctypes.data
+    return sim.Pointer(flat.view(np.uint16) if flat.dtype.itemsize == 2 else flat)
 
 
 def run(plan, q, k, v, *, seed=0, ops=sim, wide=False, limit=30.0, **tile):
@@ -21,7 +22,7 @@ def run(plan, q, k, v, *, seed=0, ops=sim, wide=False, limit=30.0, **tile):
     storage = q.dtype.name
     out = np.full((*q.shape[:3], v.shape[3]), np.nan, q.dtype)
     lse = np.full(q.shape[:3], np.nan, np.float32)
-    form = operands.form_of(plan, storage, wide)._replace(**SMALL[storage], **tile)
+    form = operands.form_of(plan, storage, wide)._replace(**SMALL[storage] | tile)
     x = operands.arguments(plan, form, q, k, v, out, lse)
     x = type(x)(*(pointer(a) if isinstance(a, np.ndarray) else a for a in x))
     kernel = forward.make(ops, form)

@@ -13,6 +13,8 @@ from refattn.engines.cuda import operands
 from refattn.plan import Score
 from refattn.profiles import PROFILES
 
+# Of two warps.
+TILES = {"float32": {"rows": 16, "keys": 16, "threads": 64, "lanes": 8}, "bfloat16": {}, "float16": {}}
 PROFILE = {"float32": "float32", "bfloat16": "flash-bf16", "float16": "flash-f16"}
 WANT = ("out", "lse")
 
@@ -52,3 +54,64 @@ TAKEN = [name for name in PROBLEMS if taken(name)]
 def test_every_problem_in_float32(name, rng):
     problem = PROBLEMS[name]
     checked(problem, arrays(problem, rng, np.float32)[0], "float32")
+
+
+SIXTEEN = ("plain", "lengths around 16", "softcap", "sink", "ragged ALiBi", "biases of all kinds", "mask of nothing")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", SIXTEEN)
+def test_problems_in_16_bits(name, dtype, rng):
+    problem = PROBLEMS[name]
+    checked(problem, arrays(problem, rng)[0], dtype)
+
+
+CAUSAL = ra.SDPA(causal="bottom_right")
+ODD = {
+    "one row": (CAUSAL, Sizes(1, 2, 1, 1, 37, 5, 3)),
+    "several tiles": (CAUSAL, Sizes(1, 2, 1, 37, 50, 20, 33)),
+    "rows without keys": (CAUSAL, Sizes(1, 1, 1, 70, 20, 8, 16)),
+    "a window": (ra.SDPA(causal="bottom_right", window=(5, None)), Sizes(1, 1, 1, 40, 61, 9, 8)),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", PROFILE)
+@pytest.mark.parametrize("name", ODD)
+def test_odd_shapes_under_several_schedulers(name, dtype, seed, rng):
+    spec, sizes = ODD[name]
+    checked(Problem(spec, sizes), arrays(Problem(spec, sizes), rng)[0], dtype, seed=seed, **TILES[dtype])
+
+
+@pytest.mark.parametrize("dtype", PROFILE)
+def test_rows_that_are_aligned_are_copied_16_bytes_at_a_time(dtype, rng):
+    problem = Problem(CAUSAL, Sizes(1, 2, 1, 19, 35, 16, 8))
+    checked(problem, arrays(problem, rng)[0], dtype, wide=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_that_lie_apart_are_read_where_they_are(dtype, rng):
+    """As (B,L,H,D) and with room behind each row; the row is what is dense."""
+    q, k, v = (rng.standard_normal((2, length, heads, 7)).astype(dtype) for length, heads in ((5, 4), (9, 2), (9, 2)))
+    q, k, v = (a.swapaxes(1, 2)[..., :5] for a in (q, k, v))
+    plan = api.build(CAUSAL, {"q": q, "k": k, "v": v}, None, WANT).plan
+    expected = run(plan, *map(np.ascontiguousarray, (q, k, v)))
+    for found, same in zip(run(plan, q, k, v), expected, strict=True):
+        np.testing.assert_array_equal(found, same)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", "qkv")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_not_finite_spoils_the_rows_that_see_it(dtype, name, bad, rng):
+    """The rules of docs/design.md: nothing of a pair that is masked, NaN where a live one is not finite."""
+    problem = Problem(CAUSAL, Sizes(1, 2, 1, 20, 20, 8, 6))
+    inputs, _ = arrays(problem, rng)
+    inputs[name][0, 0, [3, 17], 2] = bad
+    inputs = {n: round_to(a, dtype) for n, a in inputs.items()}
+    wide = {n: a.astype(np.float64) for n, a in inputs.items()}
+    expected = ra.evaluate(CAUSAL, wide, want=WANT)
+    out, lse = run(api.build(CAUSAL, inputs, None, WANT).plan, *(inputs[n] for n in "qkv"))
+    assert np.isnan(expected["out"]).any()
+    np.testing.assert_allclose(out.astype(np.float64), expected["out"], atol=0.02)
+    np.testing.assert_allclose(lse, expected["lse"], atol=1e-5)

@@ -23,9 +23,9 @@ def make(ops: Any, form: Form) -> Product:
     tall, broad, groups = form.rows * lanes // threads, keys // lanes, -(-form.width // (4 * lanes))
     shift, rest, step, wide = lanes.bit_length() - 1, lanes - 1, 4 * lanes, 4 * groups
     stride, v_stride, p_stride = padded(form.depth, 4) + 4, 4 * lanes * groups + 4, keys + 4
-    k_word = form.rows * stride
-    v_word = k_word + keys * stride
-    p_word = v_word + keys * v_stride
+    k_word, v_word, p_word, words = tiles.places(
+        form.rows * stride, keys * stride, keys * v_stride, form.rows * p_stride
+    )
     deep, quarter, v_columns, v_words = (stride - 4) // 4, keys // 4, v_stride - 4, keys * v_stride
     scores, four_keys, four_wide, zero, one = tall * broad, 4 * broad, 4 * wide, F(0), F(1)
 
@@ -86,7 +86,7 @@ def make(ops: Any, form: Form) -> Product:
         broad=broad,
         wide=wide,
         lanes=lanes,
-        words=p_word + form.rows * p_stride,
+        words=words,
         fill_q=fill_q,
         fill_k=fill_k,
         fill_v=fill_v,

@@ -26,8 +26,7 @@ def make(ops: Any, form: Form) -> Product:
     mma, pack = (ops.mma_bf16, ops.pack_bf16) if brain else (ops.mma_f16, ops.pack_f16)
     exponent, unity = (0x7F80, 0x3F80) if brain else (0x7C00, 0x3C00)
     stride, v_stride = padded(form.depth, 16) // 2 + 4, padded(form.width, 16) // 2 + 4
-    k_word = form.rows * stride
-    v_word = k_word + keys * stride
+    k_word, v_word, words = tiles.places(form.rows * stride, keys * stride, keys * v_stride)
     deep, pairs, v_pairs = (stride - 4) // 8, keys // 16, (v_stride - 4) // 8
     v_columns, v_words, zero, scores = v_stride - 4, keys * v_stride, F(0), keys // 2
 
@@ -91,7 +90,7 @@ def make(ops: Any, form: Form) -> Product:
         broad=keys // 4,
         wide=4 * v_pairs,
         lanes=4,
-        words=v_word + v_words,
+        words=words,
         fill_q=fill_q,
         fill_k=fill_k,
         fill_v=fill_v,

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 from refattn.engines.cuda.kernels.form import Form
+
+
+def places(*sizes: int) -> list[int]:
+    """Where in shared memory each part but the first begins, and where the last ends."""
+    return list(accumulate(sizes))
 
 
 def make(ops: Any, form: Form, base: int, rows: int, columns: int, stride: int) -> Any:
