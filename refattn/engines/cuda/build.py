@@ -1,35 +1,83 @@
-"""A kernel compiled to PTX and machine code, on a machine with or without a GPU."""
+"""A kernel as PTX, on a machine with or without a GPU, and the file that keeps it."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from numba import cuda, types
 
+from refattn.engines.cuda import ptx
+from refattn.engines.cuda.kernels import forward
 from refattn.engines.cuda.kernels.form import Arguments, Form
+from refattn.errors import StorageError
+from refattn.files import write
 
-F32, I32, I64 = types.float32, types.int32, types.int64
-_POINTERS = {"float32": F32, "bfloat16": types.uint16, "float16": types.uint16}
+LEAST = (8, 0)  # the compute capability that the text is for; a driver or ptxas makes machine code of any later one
+BLOCKS = 2  # a multiprocessor is to have room for: without this ptxas spills to make room for 3
+
+_F32, _I32, _I64 = types.float32, types.int32, types.int64
+_STORED = {"float32": _F32, "bfloat16": types.uint16, "float16": types.uint16}
 
 
 def kind(form: Form) -> Any:
     """The type of a kernel's `Arguments`."""
-    stored, floats = types.CPointer(_POINTERS[form.storage]), types.CPointer(F32)
-    ints, three, four = types.CPointer(I32), types.UniTuple(I64, 3), types.UniTuple(I64, 4)
+    stored, floats = types.CPointer(_STORED[form.storage]), types.CPointer(_F32)
+    ints, three, four = types.CPointer(_I32), types.UniTuple(_I64, 3), types.UniTuple(_I64, 4)
     fields = dict.fromkeys(("q", "k", "v", "out"), stored)
     fields |= dict.fromkeys(("lse", "slopes", "sink", "table", "dense"), floats)
     fields |= {"mask": types.CPointer(types.uint8)}
-    fields |= dict.fromkeys(("heads", "share", "lq", "lk", "columns", "zero"), I32)
+    fields |= dict.fromkeys(("heads", "share", "lq", "lk", "columns", "zero"), _I32)
     fields |= dict.fromkeys(("q_strides", "k_strides", "v_strides"), three)
     fields |= dict.fromkeys(("dense_strides", "mask_strides"), four)
-    fields |= {"at_strides": types.UniTuple(I32, 4), "span": types.UniTuple(I32, 2), "unit": F32}
-    fields |= {"cap": types.UniTuple(F32, 2)}
+    fields |= {"at_strides": types.UniTuple(_I32, 4), "span": types.UniTuple(_I32, 2), "unit": _F32}
+    fields |= {"cap": types.UniTuple(_F32, 2)}
     return types.NamedTuple([fields.get(name, ints) for name in Arguments._fields], Arguments)
 
 
-def to_ptx(kernel: Any, form: Form, capability: tuple[int, int]) -> str:
-    """PTX of a kernel made with the primitives of `ptx`."""
+def compiled(form: Form) -> str:
+    """PTX of the forward kernel of a form; some 20 seconds, nearly all of them numba's."""
     signature = types.void(kind(form))
-    options = {"device": False, "abi": "numba", "launch_bounds": (form.threads, 2)}
-    code, _ = cuda.compile(kernel, signature, cc=capability, **options)
-    return code.decode() if isinstance(code, bytes) else code
+    options = {"device": False, "abi": "numba", "cc": LEAST, "launch_bounds": (form.threads, BLOCKS)}
+    code, _ = cuda.compile(forward.make(ptx, form).run, signature, **options)
+    return code.decode() if isinstance(code, bytes) else str(code)
+
+
+def kept(form: Form) -> str:
+    """As `compiled`, from the file of an earlier process where there is one."""
+    path = _folder() / f"forward-{_key(form)}.ptx"
+    with suppress(OSError, UnicodeDecodeError):
+        text = path.read_text()
+        if text.rstrip().endswith("}"):
+            return text
+    text = compiled(form)
+    with suppress(StorageError):  # a failure costs the time to compile and nothing else
+        write(path, text.encode())
+    return text
+
+
+def entry(text: str) -> str:
+    """Name of the kernel in its PTX."""
+    found = re.search(r"\.entry\s+(\w+)", text)
+    assert found is not None
+    return found[1]
+
+
+def _folder() -> Path:
+    named = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    return Path(named or Path.home() / ".cache") / "refattn"
+
+
+def _key(form: Form) -> str:
+    """Changes with the form, the text of the kernels and primitives, and the compiler."""
+    here = Path(__file__).parent
+    texts = [Path(__file__), here / "ptx.py", *sorted((here / "kernels").glob("*.py"))]
+    found = hashlib.sha256(repr((form, version("numba"), version("numba-cuda"))).encode())
+    for path in texts:
+        found.update(path.read_bytes())
+    return found.hexdigest()[:32]

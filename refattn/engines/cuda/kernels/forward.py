@@ -36,7 +36,8 @@ def make(ops: Any, form: Form) -> Kernel:
     row, key, column, score, output = product.row, product.key, product.column, product.score, product.output
     greatest, total_of, base, lse_of = softmax.make(ops, product.lanes)
     see, following = sight.make(ops, form)
-    place_of, part_of, logit = logits.make(ops, form)
+    place_of, part_of, scaled, biased, masked = logits.make(ops, form)
+    has_bias = form.table or form.dense
     rows, keys, width, scores, outputs = form.rows, form.keys, form.width, tall * broad, tall * wide
     zero, one, bottom, nan = F(0), F(1), F(-np.inf), F(np.nan)
 
@@ -44,12 +45,24 @@ def make(ops: Any, form: Form) -> Kernel:
     def score_all(x, b, h, first, n, some, place, part, s):  # type: ignore[no-untyped-def]
         """Products to logits, in place."""
         for c in range(broad):
-            j = n * keys + key(c)
-            key_place = place_of(x.k_at, b * x.at_strides[2], j, x.lk)
-            key_part = part_of(x.k_segment, b * x.at_strides[3], j, x.lk)
+            key_place = place_of(x.k_at, b * x.at_strides[2], n * keys + key(c), x.lk)
             for r in range(tall):
-                m = score(r, c)
-                s[m] = logit(x, b, h, first + row(r), place[r], part[r], j, key_place, key_part, s[m], some)
+                s[score(r, c)] = scaled(x, h, key_place - place[r], s[score(r, c)])
+        if has_bias:
+            for c in range(broad):
+                j = n * keys + key(c)
+                key_place = place_of(x.k_at, b * x.at_strides[2], j, x.lk)
+                for r in range(tall):
+                    m = score(r, c)
+                    s[m] = biased(x, b, h, first + row(r), j, key_place - place[r], s[m])
+        if some:
+            for c in range(broad):
+                j = n * keys + key(c)
+                key_place = place_of(x.k_at, b * x.at_strides[2], j, x.lk)
+                key_part = part_of(x.k_segment, b * x.at_strides[3], j, x.lk)
+                for r in range(tall):
+                    i, m, away = first + row(r), score(r, c), key_place - place[r]
+                    s[m] = masked(x, b, h, i, part[r], j, key_part, away, s[m])
 
     @ops.device
     def weigh(s, o, top, total, searching):  # type: ignore[no-untyped-def]

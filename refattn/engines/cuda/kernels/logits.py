@@ -16,19 +16,24 @@ class Logits(NamedTuple):
 
     place: Any
     part: Any
-    logit: Any
+    scaled: Any
+    biased: Any
+    masked: Any
 
 
 def make(ops: Any, form: Form) -> Logits:
-    """`logit(x, b, h, i, place, part, j, key_place, key_part, product, some)`: −∞ where row i must not see key j.
+    """A logit in three steps, each of which a kernel takes for all pairs of a tile before the next.
 
-    `some`: whether anything of the tile may be hidden. A logit that is not finite though it is seen becomes NaN, which
-    is what a row then is. `place(pointer, start, i, length)` and `part`: the position and segment of row or key i, 0
-    where the form does not need them or where i has none.
+    In one they would be so much text for each pair that the compiler leaves the loop over pairs a loop, and with it
+    the scores in memory. `scaled(x, h, away, product)`: scale or softcap, and slopes, `away` the key's position less
+    the row's. `biased(x, b, h, i, j, away, s)`: table and dense bias, −∞ where one masks. `masked(x, b, h, i, part, j,
+    key_part, away, s)`: −∞ where row i must not see key j. A logit that is not finite though no bias masks it becomes
+    NaN. `place(pointer, start, i, length)` and `part`: the position and segment of row or key i, 0 where the form does
+    not need them or where i has none.
     """
     positions, segments, mask, placed = form.positions, form.segments, form.mask, form.placed
     slopes, table, dense, softcap = form.slopes, form.table, form.dense, form.softcap
-    zero, one, log2e, bottom = F(0), F(1), F(1.4426950408889634), F(-np.inf)
+    zero, log2e, bottom = F(0), F(1.4426950408889634), F(-np.inf)
     tanh = _tanh(ops)
 
     @ops.device
@@ -40,38 +45,38 @@ def make(ops: Any, form: Form) -> Logits:
         return ops.read(pointer, start + i) if segments and i < length else 0
 
     @ops.device
-    def logit(x, b, h, i, place, part, j, key_place, key_part, product, some):  # type: ignore[no-untyped-def]
-        away, live = key_place - place, True
+    def scaled(x, h, away, product):  # type: ignore[no-untyped-def]
         # What is not finite times 0 is NaN.
         s = product * zero + product
         s = x.cap[1] * tanh(s * x.cap[0]) if softcap else s * x.unit
-        if slopes:
-            s = s - ops.read(x.slopes, h) * ops.absolute(F(np.int32(away)))
-        if table or dense or mask:
-            live = i < x.lq and j < x.lk
-        if table and live:
-            bias = ops.read(x.table, h * x.columns + x.zero + away)
-            live = bias != bottom
-            s = s + bias
-        if dense and live:
-            at = i * x.dense_strides[2] + j * x.dense_strides[3]
-            bias = ops.read(ops.past(x.dense, b * x.dense_strides[0] + h * x.dense_strides[1]), at)
-            live = bias != bottom
-            s = s + bias * log2e
-        if table or dense:
-            s = s * zero + s
-        if mask and live:
+        return s - ops.read(x.slopes, h) * ops.absolute(F(np.int32(away))) if slopes else s
+
+    @ops.device
+    def biased(x, b, h, i, j, away, s):  # type: ignore[no-untyped-def]
+        bias = zero
+        if i < x.lq and j < x.lk:
+            if table:
+                bias = ops.read(x.table, h * x.columns + x.zero + away)
+            if dense:
+                at = i * x.dense_strides[2] + j * x.dense_strides[3]
+                add = ops.read(ops.past(x.dense, b * x.dense_strides[0] + h * x.dense_strides[1]), at)
+                bias = bottom if bias == bottom or add == bottom else bias + add * log2e
+        s = s + bias
+        return bottom if bias == bottom else s * zero + s
+
+    @ops.device
+    def masked(x, b, h, i, part, j, key_part, away, s):  # type: ignore[no-untyped-def]
+        live = j < ops.read(x.k_length, b)
+        if positions:
+            live = live and x.span[0] <= away <= x.span[1]
+        if segments:
+            live = live and part == key_part
+        if mask and live and i < x.lq:
             at = i * x.mask_strides[2] + j * x.mask_strides[3]
             live = ops.read(ops.past(x.mask, b * x.mask_strides[0] + h * x.mask_strides[1]), at) != 0
-        if some:
-            live = live and j < ops.read(x.k_length, b)
-            if positions:
-                live = live and x.span[0] <= away <= x.span[1]
-            if segments:
-                live = live and part == key_part
         return s if live else bottom
 
-    return Logits(place, part, logit)
+    return Logits(place, part, scaled, biased, masked)
 
 
 def _tanh(ops: Any) -> Any:

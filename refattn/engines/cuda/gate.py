@@ -1,0 +1,142 @@
+"""The compile gate: every kernel to machine code, with no GPU and no driver. `python -m refattn.engines.cuda.gate`.
+
+It prints the registers of each and fails where a thread has a stack or spills, where tensor-core instructions or
+asynchronous copies are not as many as the form asks, or where float64 has slipped in.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from refattn.engines.cuda.kernels.form import Form, padded
+
+ARCHITECTURES = ("sm_80", "sm_90")
+NIGHTLY = (*ARCHITECTURES, "sm_90a", "sm_100", "sm_120")
+
+_PLAIN = {"rows": 64, "threads": 128, "wide": True}
+_F32, _F32_DEEP = {"storage": "float32", "keys": 64, **_PLAIN}, {"storage": "float32", "keys": 32, **_PLAIN}
+_BF16, _F16 = ({"storage": s, "keys": 64, **_PLAIN} for s in ("bfloat16", "float16"))
+_ALL = dict.fromkeys(("positions", "segments", "mask", "slopes", "table", "dense", "softcap"), True)
+
+# What a few users meet first, then each option in one form or another.
+FORMS = {
+    "float32, 64": Form(depth=64, width=64, **_F32),  # type: ignore[arg-type]
+    "float32, 128, causal": Form(depth=128, width=128, positions=True, **_F32_DEEP),  # type: ignore[arg-type]
+    "float32, 64, everything": Form(depth=64, width=64, **_F32 | _ALL),  # type: ignore[arg-type]
+    "float32, 80 by 33, not aligned": Form(depth=80, width=33, **_F32_DEEP | {"wide": False}),  # type: ignore[arg-type]
+    "bfloat16, 64, causal": Form(depth=64, width=64, positions=True, **_BF16),  # type: ignore[arg-type]
+    "bfloat16, 128": Form(depth=128, width=128, **_BF16),  # type: ignore[arg-type]
+    "bfloat16, 128, everything": Form(depth=128, width=128, **_BF16 | _ALL),  # type: ignore[arg-type]
+    "float16, 128, causal": Form(depth=128, width=128, positions=True, **_F16),  # type: ignore[arg-type]
+    "float16, 40 by 24, not aligned": Form(depth=40, width=24, **_F16 | {"wide": False}),  # type: ignore[arg-type]
+}
+
+
+class Code(NamedTuple):
+    """What ptxas and the machine code tell of a kernel."""
+
+    registers: int
+    stack: int
+    spills: int
+    instructions: Counter[str]
+
+
+def missing() -> str | None:
+    """What the gate needs and is not there, and how to get it, or None."""
+    absent = [name for name in ("numba_cuda",) if find_spec(name) is None]
+    absent += [name for name in ("ptxas", "cuobjdump") if _tool(name) is None]
+    how = "pip install 'refattn[cuda-check]' (Linux or Windows)"
+    return f"the compile gate needs {' and '.join(absent)}: {how}" if absent else None
+
+
+def machine_code(text: str, architecture: str) -> Code:
+    """PTX assembled for an architecture.
+
+    Raises
+    ------
+    subprocess.CalledProcessError
+        ptxas refuses it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(text)
+        told = _run("ptxas", "-v", "-arch", architecture, str(source), "-o", str(cubin)).stderr
+        sass = _run("cuobjdump", "-sass", str(cubin)).stdout
+    stack, stores, loads = map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", told))
+    registers = re.search(r"Used (\d+) registers", told)
+    found = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", sass))
+    return Code(int(registers[1]) if registers else 0, stack, stores + loads, found)
+
+
+def faults(form: Form, code: Code) -> list[str]:
+    """What is wrong with the machine code of a form."""
+    found = [f"{code.stack} bytes of stack"] if code.stack else []
+    if code.spills:
+        found.append(f"{code.spills} bytes of spills")
+    spread = Counter({name.partition(".")[0]: 0 for name in code.instructions})
+    for name, count in code.instructions.items():
+        spread[name.partition(".")[0]] += count
+    wide = [name for name in code.instructions if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|.*\bF64\b", name)]
+    if wide:
+        found.append(f"float64: {', '.join(wide)}")
+    for name in ("LDL", "STL"):
+        if spread[name]:
+            found.append(f"{spread[name]} {name}")
+    products = padded(form.depth, 16) // 16 + padded(form.width, 16) // 16
+    expected = 0 if form.storage == "float32" else form.keys // 8 * products
+    if spread["HMMA"] != expected:
+        found.append(f"{spread['HMMA']} HMMA instead of {expected}")
+    if form.wide and not code.instructions["LDGSTS.E.BYPASS.128"]:
+        found.append("no asynchronous copies of 16 bytes")
+    return found
+
+
+def _tool(name: str) -> str | None:
+    own = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", name)
+    return str(own) if own.exists() else shutil.which(name)
+
+
+def _run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([_tool(name) or name, *arguments], check=True, capture_output=True, text=True)
+
+
+def main(architectures: tuple[str, ...]) -> int:
+    """Prints a line for each kernel and architecture; 1 where one is at fault."""
+    absent = missing()
+    if absent is not None:
+        print(f"skipped: {absent}")
+        return 0
+    from refattn.engines.cuda import build
+
+    bad = 0
+    for name, form in FORMS.items():
+        start = time.perf_counter()
+        text = build.compiled(form)
+        seconds = time.perf_counter() - start
+        for architecture in architectures:
+            code = machine_code(text, architecture)
+            wrong = faults(form, code)
+            bad += bool(wrong)
+            total, products = sum(code.instructions.values()), sum(
+                n for i, n in code.instructions.items() if i.startswith("HMMA")
+            )
+            print(
+                f"{name:32} {architecture:7} {code.registers:3} registers  {code.spills} spilled  {code.stack} stack  "
+                f"{products:3} HMMA of {total:5}  PTX in {seconds:4.1f} s  {'; '.join(wrong) or 'ok'}",
+                flush=True,
+            )
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tuple(sys.argv[1:]) or ARCHITECTURES))
