@@ -36,6 +36,13 @@ class Device:
         shape, strides = ([given[n] for n in order] for given in (self.shape, self.strides))
         return Device(self.owner, self.address, shape, strides, self.dtype, self.number, self.stream)
 
+    def handed_out(self) -> Any:
+        """The array as its library has it, in this order of axes."""
+        size = self.dtype.itemsize
+        if self.strides == _dense(self.shape, size) or self.ndim != 4:
+            return self.owner
+        return self.owner.swapaxes(1, 2)
+
     def astype(self, dtype: Any, **options: Any) -> Device:
         """Itself, in its own dtype.
 

@@ -48,6 +48,11 @@ def compiled(form: Form) -> str:
     return code.decode() if isinstance(code, bytes) else str(code)
 
 
+def words(form: Form) -> int:
+    """Words of shared memory that the kernel of a form needs."""
+    return forward.make(ptx, form).words
+
+
 def kept(form: Form) -> str:
     """As `compiled`, from the file of an earlier process where there is one."""
     path = _folder() / f"forward-{_key(form)}.ptx"

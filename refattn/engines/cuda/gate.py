@@ -18,28 +18,36 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from refattn.engines.cuda.kernels.form import Form, padded
+from refattn.engines.cuda.kernels.form import Form, padded, tiled
 
 ARCHITECTURES = ("sm_80", "sm_90")
 NIGHTLY = (*ARCHITECTURES, "sm_90a", "sm_100", "sm_120")
 
-_PLAIN = {"rows": 64, "threads": 128, "wide": True}
-_F32, _F32_DEEP = {"storage": "float32", "keys": 64, **_PLAIN}, {"storage": "float32", "keys": 32, **_PLAIN}
-_BF16, _F16 = ({"storage": s, "keys": 64, **_PLAIN} for s in ("bfloat16", "float16"))
 _ALL = dict.fromkeys(("positions", "segments", "mask", "slopes", "table", "dense", "softcap"), True)
 
+
+def _form(storage: str, depth: int, width: int, *, wide: bool = True, **options: bool) -> tuple[str, Form]:
+    told = ", ".join("everything" if options == _ALL else "+".join(options) for options in [options] if options)
+    name = f"{storage} {depth} {width}{'' if wide else ' not aligned'} {told}"
+    return name, tiled(storage=storage, depth=depth, width=width, wide=wide, **options)
+
+
 # What a few users meet first, then each option in one form or another.
-FORMS = {
-    "float32, 64": Form(depth=64, width=64, **_F32),  # type: ignore[arg-type]
-    "float32, 128, causal": Form(depth=128, width=128, positions=True, **_F32_DEEP),  # type: ignore[arg-type]
-    "float32, 64, everything": Form(depth=64, width=64, **_F32 | _ALL),  # type: ignore[arg-type]
-    "float32, 80 by 33, not aligned": Form(depth=80, width=33, **_F32_DEEP | {"wide": False}),  # type: ignore[arg-type]
-    "bfloat16, 64, causal": Form(depth=64, width=64, positions=True, **_BF16),  # type: ignore[arg-type]
-    "bfloat16, 128": Form(depth=128, width=128, **_BF16),  # type: ignore[arg-type]
-    "bfloat16, 128, everything": Form(depth=128, width=128, **_BF16 | _ALL),  # type: ignore[arg-type]
-    "float16, 128, causal": Form(depth=128, width=128, positions=True, **_F16),  # type: ignore[arg-type]
-    "float16, 40 by 24, not aligned": Form(depth=40, width=24, **_F16 | {"wide": False}),  # type: ignore[arg-type]
-}
+FORMS = dict(
+    [
+        _form("float32", 64, 64),
+        _form("float32", 128, 128, positions=True),
+        _form("float32", 64, 64, positions=True, slopes=True),
+        _form("float32", 128, 128, **_ALL),
+        _form("float32", 80, 33, wide=False),
+        _form("bfloat16", 64, 64, positions=True),
+        _form("bfloat16", 128, 128),
+        _form("bfloat16", 128, 128, positions=True, segments=True),
+        _form("bfloat16", 128, 128, **_ALL),
+        _form("float16", 128, 128, positions=True, slopes=True),
+        _form("float16", 40, 24, wide=False),
+    ]
+)
 
 
 class Code(NamedTuple):
@@ -131,7 +139,7 @@ def main(architectures: tuple[str, ...]) -> int:
                 n for i, n in code.instructions.items() if i.startswith("HMMA")
             )
             print(
-                f"{name:32} {architecture:7} {code.registers:3} registers  {code.spills} spilled  {code.stack} stack  "
+                f"{name:44} {architecture:7} {code.registers:3} registers  {code.spills} spilled  {code.stack} stack  "
                 f"{products:3} HMMA of {total:5}  PTX in {seconds:4.1f} s  {'; '.join(wrong) or 'ok'}",
                 flush=True,
             )

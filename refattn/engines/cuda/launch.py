@@ -133,18 +133,15 @@ def loaded(form: Form, number: int) -> Loaded:
         The device is too old, or has too little shared memory.
     """
     from refattn.engines.cuda import build
-    from refattn.engines.cuda.kernels import forward
 
     driver, (_, device) = _driver(), _context(number)
     named = driver.CUdevice_attribute
     major = _attribute(driver, named.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
     if major < build.LEAST[0]:
         raise DeviceError(f"device {number} has compute capability {major}, and the kernels need 8.0 or newer")
-    kernel, text = forward.make(build.ptx, form), build.kept(form)
-    size, most = (
-        4 * kernel.words,
-        _attribute(driver, named.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device),
-    )
+    words, text = build.words(form), build.kept(form)
+    most = _attribute(driver, named.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device)
+    size = 4 * words
     if size > most:
         raise DeviceError(
             f"the kernel for D = {form.depth} and Dv = {form.width} in {form.storage} needs {size} bytes of shared "
@@ -155,7 +152,7 @@ def loaded(form: Form, number: int) -> Loaded:
     if size > _PLAIN:
         granted = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver, driver.cuKernelSetAttribute(granted, size, function, device), f"{size} bytes of shared memory")
-    return Loaded(driver.CUfunction(int(function)), kernel.words)
+    return Loaded(driver.CUfunction(int(function)), words)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cuda.kernels.form import Arguments, Form
+from refattn.engines.cuda.kernels.form import Arguments, Form, tiled
 from refattn.plan import Dense, Score, Slope, Table
 from refattn.scoring import differences, span, summed
 
@@ -32,8 +32,11 @@ def refuses(plan: Score) -> str | None:
             return what
     if plan.normalizer != "softmax":
         return "sigmoid weights"
-    if max(plan.q.shape[3], plan.v.shape[3]) > DEEPEST:
-        return f"heads of more than {DEEPEST} numbers"
+    heads, pairs = (plan.q.shape[3], plan.v.shape[3]), plan.q.shape[2] * plan.k.shape[2]
+    if not 1 <= min(heads) <= max(heads) <= DEEPEST:
+        return f"heads of no numbers, or of more than {DEEPEST}"
+    if max(plan.q.shape[2] * heads[1], 0 if plan.mask is None and not plan.bias else pairs) >= 1 << 31:
+        return "so many rows and keys that an index has more than 32 bits"
     integers = [*plan.positions, *(plan.segments or ())]
     if any(a.size and max(-int(a.min()), int(a.max())) > _FARTHEST for a in integers):
         return "positions or segments beyond 2^29"
@@ -47,20 +50,13 @@ def refuses(plan: Score) -> str | None:
 
 def form_of(plan: Score, storage: str, wide: bool) -> Form:
     """The form of a plan whose q, k and v are stored so."""
-    depth, width = plan.q.shape[3], plan.v.shape[3]
-    small = storage == "float32" and max(depth, width) > 64
-    low, high = span(plan)
-    limits = _limits(plan)
-    return Form(
-        depth=depth,
-        width=width,
+    (low, high), limit = span(plan), _limit(plan)
+    return tiled(
+        depth=plan.q.shape[3],
+        width=plan.v.shape[3],
         storage=storage,
         wide=wide,
-        rows=64,
-        keys=32 if small else 64,
-        threads=128,
-        lanes=16,
-        positions=low > -limits or high < limits,
+        positions=low > -limit or high < limit,
         segments=plan.segments is not None,
         mask=plan.mask is not None,
         slopes=any(isinstance(b, Slope) for b in plan.bias),
@@ -126,7 +122,7 @@ def steps(array: Any) -> tuple[int, ...]:
     return tuple(step // array.dtype.itemsize for step in array.strides[:3])
 
 
-def _limits(plan: Score) -> int:
+def _limit(plan: Score) -> int:
     """No difference of positions is larger."""
     return sum(int(np.abs(a).max()) for a in plan.positions if a.size)
 

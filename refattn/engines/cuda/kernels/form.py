@@ -89,3 +89,10 @@ class Arguments(NamedTuple):
 def padded(count: int, unit: int) -> int:
     """The next multiple."""
     return -(-count // unit) * unit
+
+
+def tiled(*, depth: int, width: int, storage: str, **others: bool) -> Form:
+    """A form with its tiles: what its scores and outputs leave of 255 registers is enough, which the gate checks."""
+    busy = any(others.get(name) for name in ("mask", "table", "dense", "softcap"))
+    few = busy or (storage == "float32" and max(depth, width) > 64)
+    return Form(depth, width, storage, rows=64, keys=32 if few else 64, threads=128, **others)
