@@ -7,7 +7,7 @@ from refattn.engines.cuda.kernels import forward
 
 # Tiles and blocks small enough that a few rows and keys make several of each.
 SMALL = {"float32": {"rows": 8, "keys": 4, "threads": 32, "lanes": 4}}
-SMALL |= dict.fromkeys(("bfloat16", "float16"), {"rows": 32, "keys": 16, "threads": 64})
+SMALL |= {storage: {"rows": 32, "keys": 16, "threads": 64} for storage in ("bfloat16", "float16")}
 
 
 def pointer(array):

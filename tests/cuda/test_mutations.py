@@ -1,4 +1,4 @@
-"""What keeps threads in order is needed: without any one wait, barrier, sync or shuffle a kernel fails in the simulator.
+"""What keeps threads in order is needed: without one wait, barrier, sync or shuffle a kernel fails in the simulator.
 
 So a kernel that passes there has them all, and a simulator that let one of these through would be blind to it.
 """

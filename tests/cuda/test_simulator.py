@@ -43,7 +43,7 @@ def test_a_write_is_seen_by_others_after_a_barrier_only():
     run(neighbour, out, sim.barrier)
     assert np.array_equal(out.memory, np.arange(64) ^ 33)
     for guard in (lambda: None, sim.warp_sync):
-        with pytest.raises(SimulationError, match="race|nobody has written"):
+        with pytest.raises(SimulationError, match=r"race|nobody has written"):
             run(neighbour, out, guard)
 
 
@@ -54,7 +54,7 @@ def test_a_warp_needs_a_sync_of_its_own():
         sim.get(sim.thread() ^ 1)
 
     run(neighbour, sim.warp_sync)
-    with pytest.raises(SimulationError, match="race|nobody has written"):
+    with pytest.raises(SimulationError, match=r"race|nobody has written"):
         run(neighbour, lambda: None)
 
 

@@ -120,12 +120,12 @@ def _readable(name: str, a: Device) -> None:
         raise ShapeError(f"rows of {name} reach further than 32-bit indices: make it contiguous or shorter")
 
 
-def _launch(plan: Score, q: Any, k: Any, v: Any, out: Any, lse: Any) -> None:
-    if not lse.size:
+def _launch(plan: Score, q: Any, k: Any, v: Any, *results: Any) -> None:
+    if not results[1].size:
         return
     wide = all(_wide(a) for a in (q, k, v))
     form = operands.form_of(plan, q.dtype.name, wide)
-    x = operands.arguments(plan, form, q, k, v, out, lse)
+    x = operands.arguments(plan, form, q, k, v, *results)
     place = {"device": q.number, "stream": q.stream} if isinstance(q, Device) else {}
     launch.run(form, x, (-(-q.shape[2] // form.rows), q.shape[1], q.shape[0]), **place)
 

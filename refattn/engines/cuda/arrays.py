@@ -23,7 +23,9 @@ class Device:
 
     __array_ufunc__ = None
 
-    def __init__(self, owner: Any, address: int, shape: Any, strides: Any, dtype: Any, number: int, stream: int) -> None:
+    def __init__(  # noqa: PLR0917
+        self, owner: Any, address: int, shape: Any, strides: Any, dtype: Any, number: int, stream: int
+    ) -> None:
         self.owner, self.address, self.number, self.stream = owner, int(address), int(number), int(stream)
         self.shape, self.strides, self.dtype = tuple(shape), tuple(strides), np.dtype(dtype)
         self.ndim, self.size = len(self.shape), int(np.prod(self.shape, dtype=np.int64))

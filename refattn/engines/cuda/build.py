@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from numba import cuda, types
+from numba import cuda
+from numba.core import types as numba_types
 
 from refattn.engines.cuda import ptx
 from refattn.engines.cuda.kernels import forward
@@ -20,6 +21,8 @@ from refattn.files import write
 
 LEAST = (8, 0)  # the compute capability that the text is for; a driver or ptxas makes machine code of any later one
 BLOCKS = 2  # a multiprocessor is to have room for: without this ptxas spills to make room for 3
+
+types: Any = numba_types  # without types of their own
 
 _F32, _I32, _I64 = types.float32, types.int32, types.int64
 _STORED = {"float32": _F32, "bfloat16": types.uint16, "float16": types.uint16}
@@ -44,7 +47,8 @@ def compiled(form: Form) -> str:
     """PTX of the forward kernel of a form; some 20 seconds, nearly all of them numba's."""
     signature = types.void(kind(form))
     options = {"device": False, "abi": "numba", "cc": LEAST, "launch_bounds": (form.threads, BLOCKS)}
-    code, _ = cuda.compile(forward.make(ptx, form).run, signature, **options)
+    compiler: Any = cuda
+    code, _ = compiler.compile(forward.make(ptx, form).run, signature, **options)
     return code.decode() if isinstance(code, bytes) else str(code)
 
 

@@ -109,6 +109,11 @@ def faults(form: Form, code: Code) -> list[str]:
     return found
 
 
+def parameters(text: str) -> list[str]:
+    """Types of the kernel's parameters, in order."""
+    return re.findall(r"\.param \.(\w+)", text[text.index(".entry") : text.index(".maxntid")])
+
+
 def _tool(name: str) -> str | None:
     own = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", name)
     return str(own) if own.exists() else shutil.which(name)
@@ -135,9 +140,8 @@ def main(architectures: tuple[str, ...]) -> int:
             code = machine_code(text, architecture)
             wrong = faults(form, code)
             bad += bool(wrong)
-            total, products = sum(code.instructions.values()), sum(
-                n for i, n in code.instructions.items() if i.startswith("HMMA")
-            )
+            total = sum(code.instructions.values())
+            products = sum(n for kind, n in code.instructions.items() if kind.startswith("HMMA"))
             print(
                 f"{name:44} {architecture:7} {code.registers:3} registers  {code.spills} spilled  {code.stack} stack  "
                 f"{products:3} HMMA of {total:5}  PTX in {seconds:4.1f} s  {'; '.join(wrong) or 'ok'}",

@@ -1,4 +1,5 @@
-"""A Score plan as a kernel takes it: the form it is compiled for and its arguments, arrays where pointers will stand."""
+"""A Score plan as a kernel takes it: the form it is compiled for, and its arguments, with arrays for pointers."""
+# ruff: noqa: PLR0917  as a kernel has them
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ _EXACT = 1 << 23  # differences of positions in float32
 _LARGEST = 1e30  # a few factors below do not overflow
 
 
-def refuses(plan: Score) -> str | None:
+def refuses(plan: Score) -> str | None:  # noqa: PLR0911  a sentence each
     """What of a plan the kernels have not, as the end of a sentence, or None."""
     others = [("relative", "vectors by relative position"), ("v_table", "values by relative position")]
     others += [("keep", "dropout"), ("pages", "paged keys"), ("k_scale", "int8 keys"), ("v_scale", "int8 values")]

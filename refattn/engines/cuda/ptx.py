@@ -33,7 +33,10 @@ device = cuda.jit(device=True, inline="always")
 
 
 def primitive(result: Any, *kinds: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A function of kernels from one that emits it; a kind of None is the argument's own, a result of None its dtype."""
+    """A function of kernels from what emits it; a kind of None is the argument's own, a result of None its dtype.
+
+    A result of "same" is the first argument's kind.
+    """
 
     def wrap(emit: Callable[..., Any]) -> Any:
         names = list(signature(emit).parameters.values())[1:]

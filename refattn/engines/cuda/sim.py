@@ -1,4 +1,5 @@
 """The primitives of the kernels in the simulator, under the names they have in `ptx`, where each is described."""
+# ruff: noqa: D103
 
 from __future__ import annotations
 
@@ -228,8 +229,7 @@ def _shuffled(operands: Sequence[Any]) -> list[Any]:
 def _spread(rows: Sequence[Any], *, turned: bool = False) -> list[Four]:
     matrices = np.stack(rows).reshape(4, 8, 8)
     words = np.ascontiguousarray(matrices.swapaxes(1, 2) if turned else matrices).view(np.uint32)
-    each = words.reshape(4, LANES).T.tolist()
-    return [tuple(lane) for lane in each]
+    return [(a, b, c, d) for a, b, c, d in words.reshape(4, LANES).T.tolist()]
 
 
 def _product(operands: Sequence[Any], kind: Any) -> list[Four]:
@@ -249,7 +249,7 @@ def _product(operands: Sequence[Any], kind: Any) -> list[Four]:
     # float16 and bfloat16 products are exact in float64, and so, nearly, is their sum.
     found = (c.astype(np.float64) + a.astype(np.float64) @ b.astype(np.float64)).astype(F)
     quads = np.stack([found[row, pair], found[row, pair + 1], found[row + 8, pair], found[row + 8, pair + 1]], 1)
-    return [tuple(quad) for quad in quads]
+    return list(map(tuple, quads))
 
 
 COLLECTIVES.update(

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from greenlet import getcurrent, greenlet
@@ -108,7 +108,7 @@ def _together(reader: Stamp, now: Stamp) -> Stamp:
     return reader if reader.warp == SEVERAL else Stamp(NOBODY, SEVERAL, *now[2:])
 
 
-class Thread(greenlet):
+class Thread(greenlet):  # type: ignore[misc]
     """One CUDA thread."""
 
     def __init__(self, block: Block, index: int, run: Callable[[Any], None]) -> None:
@@ -177,7 +177,8 @@ class Block:
                 if len(waiting) + len(going) < len(self.warps):
                     raise SimulationError(f"warp {warp.index} waits at {request[:2]} for a warp that has ended")
             elif waiting:
-                raise SimulationError(f"warp {warp.index} has ended, while others wait at {[*waiting.values()][0][:2]}")
+                others = next(iter(waiting.values()))
+                raise SimulationError(f"warp {warp.index} has ended, while others wait at {others[:2]}")
 
     def advance(self, warp: Warp) -> Request | None:
         """Runs a warp to the next barrier of the block, which it returns, or to its end."""
@@ -211,7 +212,7 @@ COLLECTIVES: dict[str, Callable[[Sequence[Any]], Sequence[Any]]] = {"warp_sync":
 
 def running() -> Thread:
     """The thread that runs."""
-    return getcurrent()  # type: ignore[return-value]  # no greenlet but these calls a primitive
+    return cast("Thread", getcurrent())  # no greenlet but these calls a primitive
 
 
 def collective(name: str, operand: Any = None) -> Any:

@@ -11,8 +11,8 @@ class Form(NamedTuple):
     """A kernel's constants.
 
     depth, width: D and Dv; storage of q, k, v and out: float32, bfloat16 or float16; wide: rows begin at multiples of
-    16 bytes. rows, keys: of a tile; threads: of a block, of which `lanes` share the rows of a product in float32. positions, segments, mask: whether these hide pairs; slopes,
-    table, dense: which biases there are; softcap.
+    16 bytes. rows, keys: of a tile; threads: of a block, of which `lanes` share the rows of a product in float32.
+    positions, segments, mask: whether these hide pairs; slopes, table, dense: which biases there are; softcap.
     """
 
     depth: int
@@ -94,5 +94,6 @@ def padded(count: int, unit: int) -> int:
 def tiled(*, depth: int, width: int, storage: str, **others: bool) -> Form:
     """A form with its tiles: what its scores and outputs leave of 255 registers is enough, which the gate checks."""
     busy = any(others.get(name) for name in ("mask", "table", "dense", "softcap"))
-    few = busy or (storage == "float32" and max(depth, width) > 64)
-    return Form(depth, width, storage, rows=64, keys=32 if few else 64, threads=128, **others)
+    deep = storage == "float32" and max(depth, width) > 64
+    rows, keys = 32 if busy and deep else 64, 32 if busy or deep else 64
+    return Form(depth, width, storage, rows=rows, keys=keys, threads=128, **others)

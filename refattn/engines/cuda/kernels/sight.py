@@ -1,4 +1,5 @@
 """Which tiles of keys a tile of rows sees, by the least and greatest positions and segments of both."""
+# ruff: noqa: PLR0917  Numba calls kernels by position
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def make(ops: Any, form: Form) -> Sight:
     keys, positions, segments, mask = form.keys, form.positions, form.segments, form.mask
 
     @ops.device
-    def see(x, b, t, n, q_tiles, k_tiles):  # type: ignore[no-untyped-def]
+    def see(x, b, t, n, q_tiles, k_tiles):
         rows, columns = 4 * (b * q_tiles + t), 4 * (b * k_tiles + n)
         least, greatest = ops.read(x.q_ends, rows), ops.read(x.q_ends, rows + 1)
         near, far = ops.read(x.k_ends, columns), ops.read(x.k_ends, columns + 1)
@@ -46,7 +47,7 @@ def make(ops: Any, form: Form) -> Sight:
         return found
 
     @ops.device
-    def following(x, b, t, n, q_tiles, k_tiles):  # type: ignore[no-untyped-def]
+    def following(x, b, t, n, q_tiles, k_tiles):
         while n < k_tiles and see(x, b, t, n, q_tiles, k_tiles) == NOTHING:
             n += 1
         return n

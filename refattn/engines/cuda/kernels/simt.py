@@ -30,7 +30,7 @@ def make(ops: Any, form: Form) -> Product:
     scores, four_keys, four_wide, zero, one = tall * broad, 4 * broad, 4 * wide, F(0), F(1)
 
     @ops.device
-    def multiply(s):  # type: ignore[no-untyped-def]
+    def multiply(s):
         across, first = ops.thread() & rest, (ops.thread() >> shift) * tall
         near = ops.local(four_keys)
         for n in range(scores):
@@ -48,7 +48,7 @@ def make(ops: Any, form: Form) -> Product:
                     s[r * broad + c] = q3 * near[4 * c + 3] + t
 
     @ops.device
-    def accumulate(o, s):  # type: ignore[no-untyped-def]
+    def accumulate(o, s):
         across, first = ops.thread() & rest, (ops.thread() >> shift) * tall
         near = ops.local(four_wide)
         for r in range(tall):
@@ -68,7 +68,7 @@ def make(ops: Any, form: Form) -> Product:
                     o[r * wide + w] = p3 * near[3 * wide + w] + t
 
     @ops.device
-    def sweep(search):  # type: ignore[no-untyped-def]
+    def sweep(search):
         n = ops.thread()
         while n < v_words:
             if n % v_stride < v_columns:
@@ -99,5 +99,5 @@ def make(ops: Any, form: Form) -> Product:
         score=ops.device(lambda r, c: r * broad + c),
         output=ops.device(lambda r, w: r * wide + w),
         leads=ops.device(lambda: ops.thread() & rest == 0),
-        store=ops.device(lambda out, i, x: ops.write(out, i, x)),
+        store=ops.write,
     )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from refattn.engines.cuda.kernels import tiles
-from refattn.engines.cuda.kernels.form import LANES, Form, padded
+from refattn.engines.cuda.kernels.form import Form, padded
 from refattn.engines.cuda.kernels.product import Product
 
 F = np.float32
@@ -31,7 +31,7 @@ def make(ops: Any, form: Form) -> Product:
     v_columns, v_words, zero, scores = v_stride - 4, keys * v_stride, F(0), keys // 2
 
     @ops.device
-    def multiply(s):  # type: ignore[no-untyped-def]
+    def multiply(s):
         lane, warp = ops.thread() & 31, ops.thread() >> 5
         q = (16 * warp + (lane & 15)) * stride + 4 * (lane >> 4)
         k = k_word + ((lane & 7) + 8 * (lane >> 4)) * stride + 4 * (lane >> 3 & 1)
@@ -48,7 +48,7 @@ def make(ops: Any, form: Form) -> Product:
                 s[m + 4], s[m + 5], s[m + 6], s[m + 7] = mma(c, a, b2, b3)
 
     @ops.device
-    def accumulate(o, s):  # type: ignore[no-untyped-def]
+    def accumulate(o, s):
         lane = ops.thread() & 31
         v = v_word + (lane & 15) * v_stride + 4 * (lane >> 4)
         for n in range(pairs):
@@ -64,13 +64,13 @@ def make(ops: Any, form: Form) -> Product:
                 o[u + 4], o[u + 5], o[u + 6], o[u + 7] = mma(c, a, b2, b3)
 
     @ops.device
-    def swept(half, search):  # type: ignore[no-untyped-def]
+    def swept(half, search):
         finite = half & exponent != exponent
         kept = 0 if search else half
         return kept if finite else unity if search else 0
 
     @ops.device
-    def sweep(search):  # type: ignore[no-untyped-def]
+    def sweep(search):
         n = ops.thread()
         while n < v_words:
             if n % v_stride < v_columns:
@@ -79,7 +79,7 @@ def make(ops: Any, form: Form) -> Product:
             n += threads
 
     @ops.device
-    def store(out, i, x):  # type: ignore[no-untyped-def]
+    def store(out, i, x):
         ops.write(out, i, pack(x, zero))
 
     fill_q = tiles.make(ops, form, 0, form.rows, form.depth, stride)

@@ -1,4 +1,5 @@
 """Rows of a matrix on their way from global to shared memory."""
+# ruff: noqa: PLR0917  Numba calls kernels by position
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ def places(*sizes: int) -> list[int]:
 def make(ops: Any, form: Form, base: int, rows: int, columns: int, stride: int) -> Any:
     """`fill(p, step, first, length)`: asynchronous copies of `rows` rows from row `first` on, 0 from `length` on.
 
-    p points to row 0, rows lie `step` elements apart, `columns` long. In shared memory the first is at word `base`, rows lie
-    `stride` words apart and are filled with 0 up to the last 4 of those words, which nobody reads: they make rows that
-    are a power of 2 long begin in different banks.
+    p points to row 0, rows lie `step` elements apart, `columns` long. In shared memory the first is at word `base`, and
+    rows lie `stride` words apart and are filled with 0 up to the last 4 of those words, which nobody reads: they make
+    rows that are a power of 2 long begin in different banks.
     """
     narrow, wide, threads = form.storage != "float32", form.wide, form.threads
     chunk = 8 if narrow else 4  # elements in 16 bytes
@@ -27,7 +28,7 @@ def make(ops: Any, form: Form, base: int, rows: int, columns: int, stride: int) 
     shift, rest, down = across.bit_length() - 1, across - 1, threads // across
 
     @ops.device
-    def copied(word, p, element, column, live):  # type: ignore[no-untyped-def]
+    def copied(word, p, element, column, live):
         """16 bytes, in one piece or as many as their alignment asks."""
         if wide:
             ops.copy16(word, p, element, live and column < columns)
@@ -41,7 +42,7 @@ def make(ops: Any, form: Form, base: int, rows: int, columns: int, stride: int) 
                 ops.copy4(word + n, p, element + n, live and column + n < columns)
 
     @ops.device
-    def fill(p, step, first, length):  # type: ignore[no-untyped-def]
+    def fill(p, step, first, length):
         t = ops.thread()
         r = t >> shift
         while r < rows:
