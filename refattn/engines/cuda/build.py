@@ -32,10 +32,10 @@ def kind(form: Form) -> Any:
     """The type of a kernel's `Arguments`."""
     stored, floats = types.CPointer(_STORED[form.storage]), types.CPointer(_F32)
     ints, three, four = types.CPointer(_I32), types.UniTuple(_I64, 3), types.UniTuple(_I64, 4)
-    fields = dict.fromkeys(("q", "k", "v", "out"), stored)
+    fields = dict.fromkeys(("q", "k", "v", "out"), stored) | ({"out": floats} if form.split else {})
     fields |= dict.fromkeys(("lse", "slopes", "sink", "table", "dense"), floats)
     fields |= {"mask": types.CPointer(types.uint8)}
-    fields |= dict.fromkeys(("heads", "share", "lq", "lk", "columns", "zero"), _I32)
+    fields |= dict.fromkeys(("heads", "share", "lq", "lk", "columns", "zero", "splits"), _I32)
     fields |= dict.fromkeys(("q_strides", "k_strides", "v_strides"), three)
     fields |= dict.fromkeys(("dense_strides", "mask_strides"), four)
     fields |= {"at_strides": types.UniTuple(_I32, 4), "span": types.UniTuple(_I32, 2), "unit": _F32}

@@ -118,7 +118,7 @@ def packed(x: Arguments) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 _I32, _I64, _F32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_float
-_KINDS: dict[str, Any] = dict.fromkeys(("heads", "share", "lq", "lk", "columns", "zero", "at_strides", "span"), _I32)
+_KINDS: dict[str, Any] = dict.fromkeys(("heads", "share", "lq", "lk", "columns", "zero", "splits", "at_strides", "span"), _I32)
 _KINDS |= dict.fromkeys(("q_strides", "k_strides", "v_strides", "dense_strides", "mask_strides"), _I64)
 _KINDS |= dict.fromkeys(("unit", "cap"), _F32)
 

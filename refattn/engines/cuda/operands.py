@@ -67,7 +67,9 @@ def form_of(plan: Score, storage: str, wide: bool) -> Form:
     )
 
 
-def arguments(plan: Score, form: Form, q: Any, k: Any, v: Any, out: Any, lse: Any) -> Arguments:
+def arguments(
+    plan: Score, form: Form, q: Any, k: Any, v: Any, out: Any, lse: Any, *, splits: int = 1
+) -> Arguments:
     """What the kernel of the form is called with; q, k, v, out and lse stand in for the plan's, strides in elements."""
     batch, heads, lq, _ = plan.q.shape
     groups, lk = plan.k.shape[1:3]
@@ -115,6 +117,7 @@ def arguments(plan: Score, form: Form, q: Any, k: Any, v: Any, out: Any, lse: An
         zero=zero,
         dense_strides=dense_strides,
         mask_strides=mask_strides,
+        splits=splits,
     )
 
 

@@ -13,6 +13,7 @@ class Form(NamedTuple):
     depth, width: D and Dv; storage of q, k, v and out: float32, bfloat16 or float16; wide: rows begin at multiples of
     16 bytes. rows, keys: of a tile; threads: of a block, of which `lanes` share the rows of a product in float32.
     positions, segments, mask: whether these hide pairs; slopes, table, dense: which biases there are; softcap.
+    split: whether the keys are cut into parts, which `decode` puts together.
     """
 
     depth: int
@@ -30,6 +31,7 @@ class Form(NamedTuple):
     table: bool = False
     dense: bool = False
     softcap: bool = False
+    split: bool = False
 
     @property
     def placed(self) -> bool:
@@ -48,7 +50,8 @@ class Arguments(NamedTuple):
 
     unit: the scale times log₂e; cap: the scale over the softcap, and it times log₂e. Times log₂e: slopes (Hq,), sink
     (Hq,), −∞ for none, and table (Hq, n), its column `zero` for the difference 0. dense in float32, mask a byte each,
-    with strides of b, h, i, j, 0 where repeated.
+    with strides of b, h, i, j, 0 where repeated. splits: parts of the keys; of a split form out is (B,Hq,Lq,splits,Dv)
+    float32, lse (B,Hq,Lq,splits).
     """
 
     q: Any
@@ -84,6 +87,7 @@ class Arguments(NamedTuple):
     zero: Any
     dense_strides: Any
     mask_strides: Any
+    splits: Any
 
 
 def padded(count: int, unit: int) -> int:

@@ -28,8 +28,8 @@ def make(ops: Any, form: Form, product: Product) -> Logits:
     """A logit in three steps, each of which is taken for all pairs of a tile before the next.
 
     In one they would be so much text for each pair that the compiler leaves the loop over pairs a loop, and with it
-    the scores in memory. `turn(x, b, h, first, n, some, place, part, s)`: the products in s of the rows from `first`
-    on, with these places and parts, and the n-th tile of keys to logits; `some`: whether anything may be masked.
+    the scores in memory. `turn(x, b, heads, rows, n, some, places, parts, s)`: the products in s to logits, of
+    rows with these heads, numbers, places and parts and the n-th tile of keys; `some`: whether anything may be masked.
 
     `scaled(x, h, away, product)`: scale or softcap, and slopes, `away` the key's position less
     the row's. `biased(x, b, h, i, j, away, s)`: table and dense bias, −∞ where one masks. `masked(x, b, h, i, part, j,
@@ -40,7 +40,7 @@ def make(ops: Any, form: Form, product: Product) -> Logits:
     positions, segments, mask, placed = form.positions, form.segments, form.mask, form.placed
     slopes, table, dense, softcap = form.slopes, form.table, form.dense, form.softcap
     zero, log2e, bottom = F(0), F(1.4426950408889634), F(-np.inf)
-    tall, broad, keys, row, key, score = product.tall, product.broad, form.keys, product.row, product.key, product.score
+    tall, broad, keys, key, score = product.tall, product.broad, form.keys, product.key, product.score
     has_bias, tanh = table or dense, _tanh(ops)
 
     @ops.device
@@ -84,27 +84,27 @@ def make(ops: Any, form: Form, product: Product) -> Logits:
         return s if live else bottom
 
     @ops.device
-    def turn(x, b, h, first, n, some, places, parts, s):
+    def turn(x, b, heads, rows, n, some, places, parts, s):
         """Products to logits, in place."""
         for c in range(broad):
             key_place = place(x.k_at, b * x.at_strides[2], n * keys + key(c), x.lk)
             for r in range(tall):
-                s[score(r, c)] = scaled(x, h, key_place - places[r], s[score(r, c)])
+                s[score(r, c)] = scaled(x, heads[r], key_place - places[r], s[score(r, c)])
         if has_bias:
             for c in range(broad):
                 j = n * keys + key(c)
                 key_place = place(x.k_at, b * x.at_strides[2], j, x.lk)
                 for r in range(tall):
                     m = score(r, c)
-                    s[m] = biased(x, b, h, first + row(r), j, key_place - places[r], s[m])
+                    s[m] = biased(x, b, heads[r], rows[r], j, key_place - places[r], s[m])
         if some:
             for c in range(broad):
                 j = n * keys + key(c)
                 key_place = place(x.k_at, b * x.at_strides[2], j, x.lk)
                 key_part = part(x.k_segment, b * x.at_strides[3], j, x.lk)
                 for r in range(tall):
-                    i, m, away = first + row(r), score(r, c), key_place - places[r]
-                    s[m] = masked(x, b, h, i, parts[r], j, key_part, away, s[m])
+                    m, away = score(r, c), key_place - places[r]
+                    s[m] = masked(x, b, heads[r], rows[r], parts[r], j, key_part, away, s[m])
 
     return Logits(place, part, scaled, biased, masked, turn)
 

@@ -11,7 +11,7 @@ class Product(NamedTuple):
     A thread has a part of `tall` rows: `broad` scores of each in an array s, `wide` outputs of each in o; `lanes`
     threads beside each other have the rest of them. words: of shared memory.
 
-    fill_q, fill_k, fill_v(p, step, first, length): asynchronous copies of a tile's rows. multiply(s): the products q·k.
+    fill_q, fill_k, fill_v: a tile's rows to shared memory, as `tiles` makes them. multiply(s): the products q·k.
     accumulate(o, s): o += P·V with weights P from s, which all lanes of a warp call. sweep(search): values that are not
     finite become 0; in a search they become 1, and all others 0. row(r), key(c), column(w): of the tile, where a score
     or output of this thread stands; score(r, c), output(r, w): where in s and o it is. leads(): whether this thread

@@ -20,7 +20,7 @@ class Sight(NamedTuple):
 def make(ops: Any, form: Form) -> Sight:
     """`see(x, b, t, n)`: NOTHING, ALL or SOME of what rows of tile t see of keys of tile n.
 
-    `following(x, b, t, n, tiles)`: the first tile of keys from n on of which they see anything, `tiles` if none.
+    `following(x, b, t, n, end)`: the first tile of keys from n on, before `end`, of which they see anything, else `end`.
     """
     keys, positions, segments, mask = form.keys, form.positions, form.segments, form.mask
 
@@ -47,8 +47,8 @@ def make(ops: Any, form: Form) -> Sight:
         return found
 
     @ops.device
-    def following(x, b, t, n, q_tiles, k_tiles):
-        while n < k_tiles and see(x, b, t, n, q_tiles, k_tiles) == NOTHING:
+    def following(x, b, t, n, end, q_tiles, k_tiles):
+        while n < end and see(x, b, t, n, q_tiles, k_tiles) == NOTHING:
             n += 1
         return n
 

@@ -22,7 +22,7 @@ F = np.float32
 def make(ops: Any, form: Form) -> Product:
     """The products of a form in bfloat16 or float16."""
     keys, threads = form.keys, form.threads
-    brain = form.storage == "bfloat16"
+    split, brain = form.split, form.storage == "bfloat16"
     mma, pack = (ops.mma_bf16, ops.pack_bf16) if brain else (ops.mma_f16, ops.pack_f16)
     exponent, unity = (0x7F80, 0x3F80) if brain else (0x7C00, 0x3C00)
     stride, v_stride = padded(form.depth, 16) // 2 + 4, padded(form.width, 16) // 2 + 4
@@ -80,9 +80,9 @@ def make(ops: Any, form: Form) -> Product:
 
     @ops.device
     def store(out, i, x):
-        ops.write(out, i, pack(x, zero))
+        ops.write(out, i, x if split else pack(x, zero))
 
-    fill_q = tiles.make(ops, form, 0, form.rows, form.depth, stride)
+    fill_q = tiles.make(ops, form, 0, form.rows, form.depth, stride, grouped=form.split)
     fill_k = tiles.make(ops, form, k_word, keys, form.depth, stride)
     fill_v = tiles.make(ops, form, v_word, keys, form.width, v_stride)
     return Product(

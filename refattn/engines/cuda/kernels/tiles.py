@@ -14,10 +14,11 @@ def places(*sizes: int) -> list[int]:
     return list(accumulate(sizes))
 
 
-def make(ops: Any, form: Form, base: int, rows: int, columns: int, stride: int) -> Any:
-    """`fill(p, step, first, length)`: asynchronous copies of `rows` rows from row `first` on, 0 from `length` on.
+def make(ops: Any, form: Form, base: int, rows: int, columns: int, stride: int, *, grouped: bool = False) -> Any:
+    """`fill(p, strides, near, first, length)`: asynchronous copies of `rows` rows from `first` on, 0 from `length` on.
 
-    p points to row 0, rows lie `step` elements apart, `columns` long. In shared memory the first is at word `base`, and
+    p points to row 0, rows lie strides[2] elements apart, `columns` long; grouped, `near` of them belong to one head and
+    the next ones to the next, strides[1] elements on. In shared memory the first is at word `base`, and
     rows lie `stride` words apart and are filled with 0 up to the last 4 of those words, which nobody reads: they make
     rows that are a power of 2 long begin in different banks.
     """
@@ -42,13 +43,19 @@ def make(ops: Any, form: Form, base: int, rows: int, columns: int, stride: int) 
                 ops.copy4(word + n, p, element + n, live and column + n < columns)
 
     @ops.device
-    def fill(p, step, first, length):
+    def begins(row, strides, near):
+        if grouped:
+            return row // near * strides[1] + row % near * strides[2]
+        return row * strides[2]
+
+    @ops.device
+    def fill(p, strides, near, first, length):
         t = ops.thread()
         r = t >> shift
         while r < rows:
-            c = t & rest
+            c, begin = t & rest, begins(first + r, strides, near)
             while c < count:
-                copied(base + r * stride + 4 * c, p, (first + r) * step + chunk * c, chunk * c, first + r < length)
+                copied(base + r * stride + 4 * c, p, begin + chunk * c, chunk * c, first + r < length)
                 c += across
             r += down
 
