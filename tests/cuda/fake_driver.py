@@ -8,7 +8,7 @@ import numpy as np
 
 from refattn.engines import cuda
 from refattn.engines.cuda import launch, sim, simulator
-from refattn.engines.cuda.kernels import forward
+from refattn.engines.cuda.kernels import decode, forward
 from refattn.engines.cuda.kernels.form import Arguments
 
 BASE = 1 << 20
@@ -90,41 +90,49 @@ class Driver:
 
     def cuLaunchKernel(self, function, *rest):
         *grid, threads, _, _, size, stream, (values, kinds), _ = rest
-        form = self.forms[function]
+        name, form = self.forms[function]
         if size > 48 << 10 and self.granted.get(function, 0) < size:
             return 1, None
         self.streams.append(stream)
-        kernel = forward.make(sim, form)
-        assert size == 4 * kernel.words
+        kernel = forward.make(sim, form).run if name == "forward" else decode.make(sim, form)
+        assert size == 4 * words(name, form)
         assert threads == form.threads
-        simulator.launch(kernel.run, tuple(grid), threads, kernel.words, (self.arguments(form, values, kinds),))
+        x = self.arguments(name, form, values, kinds)
+        simulator.launch(kernel, tuple(grid), threads, size // 4, (x,))
         return (0,)
 
-    def arguments(self, form, values, kinds):
+    def arguments(self, name, form, values, kinds):
         """The parameters put together again, pointers as those of the simulator."""
         given, found = list(zip(values, kinds, strict=True)), []
         types = {"lse": np.float32, "slopes": np.float32, "sink": np.float32, "table": np.float32, "dense": np.float32}
-        types |= {"mask": np.uint8} | dict.fromkeys(("q", "k", "v", "out"), np.uint16)
-        for name in Arguments._fields:
-            parts = [given.pop(0) for _ in range(TUPLES.get(name, 1))]
+        types |= {"mask": np.uint8, "outs": np.float32, "lses": np.float32}
+        stored = np.float32 if form.storage == "float32" else np.uint16
+        types |= dict.fromkeys(("q", "k", "v"), stored)
+        types |= {"out": np.float32 if form.split and name == "forward" else stored}
+        whole = Arguments if name == "forward" else decode.Parts
+        for field in whole._fields:
+            parts = [given.pop(0) for _ in range(TUPLES.get(field, 1))]
             read = [np.float32(v) if kind is ctypes.c_float else v for v, kind in parts]
             if parts[0][1] is ctypes.c_void_p:
-                own = np.float32 if name in ("q", "k", "v", "out") and form.storage == "float32" else types.get(name)
-                kind = np.dtype(own or np.int32)
+                kind = np.dtype(types.get(field, np.int32))
                 start = (read[0] or BASE) - BASE
                 assert start % kind.itemsize == 0
                 found.append(sim.Pointer(self.memory.view(kind), start // kind.itemsize))
             else:
-                found.append(tuple(read) if name in TUPLES else read[0])
+                found.append(tuple(read) if field in TUPLES else read[0])
         assert not given
-        return Arguments(*found)
+        return whole(*found)
 
 
 FORMS = []
 
 
-def kept(form):
-    FORMS.append(form)
+def words(name, form):
+    return forward.make(sim, form).words if name == "forward" else 0
+
+
+def kept(name, form):
+    FORMS.append((name, form))
     return f".visible .entry form{len(FORMS) - 1}(\n)"
 
 
@@ -133,7 +141,7 @@ def install(monkeypatch, driver):
     built = SimpleNamespace(
         LEAST=(8, 0),
         kept=kept,
-        words=lambda form: forward.make(sim, form).words,
+        words=words,
         entry=lambda text: text.split()[2].removesuffix("("),
     )
     monkeypatch.setitem(sys.modules, "refattn.engines.cuda.build", built)

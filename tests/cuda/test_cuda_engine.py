@@ -44,7 +44,7 @@ def test_sixteen_bits_stay_sixteen_bits(driver, rng):
     found, expected = (ra.evaluate(CAUSAL, inputs, want=WANT, engine=e) for e in ("cuda", "reference"))
     assert found.out.dtype == np.float16
     np.testing.assert_allclose(found.out.astype(float), expected.out.astype(float), atol=2e-3)
-    assert driver.forms[0].storage == "float16"
+    assert driver.forms[0][1].storage == "float16"
 
 
 def test_a_rotated_problem_in_16_bits_is_computed_in_float32(driver, rng):
@@ -52,7 +52,22 @@ def test_a_rotated_problem_in_16_bits_is_computed_in_float32(driver, rng):
     inputs = given(rng, np.float16)
     found, expected = (ra.evaluate(spec, inputs, engine=e).out for e in ("cuda", "reference"))
     np.testing.assert_array_equal(found, expected)
-    assert driver.forms[0].storage == "float32"
+    assert driver.forms[0][1].storage == "float32"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_few_rows_with_many_keys_go_to_decode(dtype, driver, rng):
+    """Two parts, the last of them short; one of the sequences sees no key of it."""
+    shapes = {"q": (2, 4, 2, 8), "k": (2, 1, 150, 8), "v": (2, 1, 150, 8)}
+    inputs = {n: rng.standard_normal(shape).astype(dtype) for n, shape in shapes.items()}
+    inputs |= {"kv_lengths": np.array([150, 40]), "sink": np.array([0.5, -np.inf, 3, -1], np.float32)}
+    inputs["v"][0, 0, 149, 2] = np.nan
+    found, expected = (ra.evaluate(CAUSAL, inputs, want=WANT, engine=e) for e in ("cuda", "reference"))
+    assert [name for name, _ in driver.forms] == ["forward", "combine"]
+    for n in WANT:
+        np.testing.assert_allclose(found[n].astype(float), expected[n].astype(float), atol=2e-6 if n == "lse" else 1e-3)
+    assert np.isnan(found.out[0, :, 1, 2]).all()
+    assert not driver.live
 
 
 def test_no_keys(driver):
@@ -148,7 +163,7 @@ def test_a_driver_that_is_missing_or_sees_no_device_is_told(monkeypatch, rng):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"size": 512}, "CUDA_ERROR_OUT_OF_MEMORY for .* bytes of memory on the device; free memory"),
+        ({"size": 512}, "CUDA_ERROR_OUT_OF_MEMORY for .* bytes of memory on device 0; free memory"),
         ({"shared": 32 << 10}, "needs .* bytes of shared memory a block, and device 0 has 32768"),
         ({"major": 7}, "compute capability 7, and the kernels need 8.0"),
     ],

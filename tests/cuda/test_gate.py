@@ -45,7 +45,7 @@ def test_what_is_missing_is_named_with_its_remedy(monkeypatch, capsys):
 def test_a_kernel_becomes_the_machine_code_that_its_form_asks():
     from refattn.engines.cuda import build
 
-    text = build.compiled(TENSOR)
+    text = build.compiled("forward", TENSOR)
     for architecture in gate.ARCHITECTURES:
         assert faults(TENSOR, gate.machine_code(text, architecture)) == []
     # What the launcher packs is what the kernel's parameters are.

@@ -83,6 +83,30 @@ def test_odd_shapes_under_several_schedulers(name, dtype, seed, rng):
     checked(Problem(spec, sizes), arrays(Problem(spec, sizes), rng)[0], dtype, seed=seed, **TILES[dtype])
 
 
+FEW = {
+    "one query of four heads": (CAUSAL, Sizes(2, 4, 1, 1, 61, 6, 5)),
+    "three queries of two": (ra.SDPA(causal="bottom_right", window=(40, None)), Sizes(1, 4, 2, 3, 61, 8, 8)),
+    "parts without keys": (CAUSAL, Sizes(1, 2, 2, 2, 20, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("dtype", PROFILE)
+@pytest.mark.parametrize("splits", [1, 3, 5])
+@pytest.mark.parametrize("name", FEW)
+def test_keys_in_parts(name, splits, dtype, rng):
+    spec, sizes = FEW[name]
+    checked(Problem(spec, sizes), arrays(Problem(spec, sizes), rng)[0], dtype, splits=splits, seed=splits)
+
+
+PARTED = ("sink", "q_lengths", "kv_lengths", "ragged ALiBi", "nothing live, a sink", "biases of all kinds")
+
+
+@pytest.mark.parametrize("name", PARTED)
+def test_problems_with_keys_in_parts(name, rng):
+    problem = PROBLEMS[name]
+    checked(problem, arrays(problem, rng)[0], "float32", splits=2, keys=4, lanes=4)
+
+
 @pytest.mark.parametrize("dtype", PROFILE)
 def test_rows_that_are_aligned_are_copied_16_bytes_at_a_time(dtype, rng):
     problem = Problem(CAUSAL, Sizes(1, 2, 1, 19, 35, 16, 8))

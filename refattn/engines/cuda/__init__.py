@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from refattn.engines.cuda import arrays, launch, operands
 from refattn.engines.cuda.arrays import Device
+from refattn.engines.cuda.kernels.decode import Parts
 from refattn.errors import DTypeError, ShapeError, Unsupported
 from refattn.plan import Score
 from refattn.problem import Problem
@@ -121,13 +122,28 @@ def _readable(name: str, a: Device) -> None:
 
 
 def _launch(plan: Score, q: Any, k: Any, v: Any, *results: Any) -> None:
+    """Out and lse into these arrays, whose numbers are there once the stream, or for the host the call, is done."""
+    batch, heads, lq, _ = q.shape
+    splits = operands.splits_of(plan)
+    form = operands.form_of(plan, q.dtype.name, all(_wide(a) for a in (q, k, v)), split=splits > 0)
+    place = {"device": q.number, "stream": q.stream} if isinstance(q, Device) else {}
+    blank = ("out", "lse")
     if not results[1].size:
         return
-    wide = all(_wide(a) for a in (q, k, v))
-    form = operands.form_of(plan, q.dtype.name, wide)
-    x = operands.arguments(plan, form, q, k, v, *results)
-    place = {"device": q.number, "stream": q.stream} if isinstance(q, Device) else {}
-    launch.run(form, x, (-(-q.shape[2] // form.rows), q.shape[1], q.shape[0]), **place)
+    with launch.session(**place) as there:
+        if splits:
+            parts = (batch, heads, lq, splits)
+            # Places on the device alone: nothing is ever written to these pages of the host.
+            outs, lses = np.empty((*parts, v.shape[3]), np.float32), np.empty(parts, np.float32)
+            x = operands.arguments(plan, form, q, k, v, outs, lses, splits=splits)
+            there.run("forward", form, x, (splits, k.shape[1], batch), blank)
+            joined = Parts(outs, lses, results[0], results[1], splits)
+            there.run("combine", form, joined, (lses.size // splits, 1, 1), blank)
+        else:
+            x = operands.arguments(plan, form, q, k, v, *results)
+            there.run("forward", form, x, (-(-lq // form.rows), heads, batch), blank)
+        if not isinstance(q, Device):
+            there.fetch(*results)
 
 
 def _wide(a: Any) -> bool:

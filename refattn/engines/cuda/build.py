@@ -14,7 +14,7 @@ from numba import cuda
 from numba.core import types as numba_types
 
 from refattn.engines.cuda import ptx
-from refattn.engines.cuda.kernels import forward
+from refattn.engines.cuda.kernels import decode, forward
 from refattn.engines.cuda.kernels.form import Arguments, Form
 from refattn.errors import StorageError
 from refattn.files import write
@@ -43,28 +43,34 @@ def kind(form: Form) -> Any:
     return types.NamedTuple([fields.get(name, ints) for name in Arguments._fields], Arguments)
 
 
-def compiled(form: Form) -> str:
-    """PTX of the forward kernel of a form; some 20 seconds, nearly all of them numba's."""
-    signature = types.void(kind(form))
+def compiled(name: str, form: Form) -> str:
+    """PTX of the kernel "forward" or "combine" of a form; 5 to 10 seconds, nearly all of them numba's."""
+    signature = types.void(kind(form) if name == "forward" else _kind_of_parts(form))
     options = {"device": False, "abi": "numba", "cc": LEAST, "launch_bounds": (form.threads, BLOCKS)}
+    made = forward.make(ptx, form).run if name == "forward" else decode.make(ptx, form)
     compiler: Any = cuda
-    code, _ = compiler.compile(forward.make(ptx, form).run, signature, **options)
+    code, _ = compiler.compile(made, signature, **options)
     return code.decode() if isinstance(code, bytes) else str(code)
 
 
-def words(form: Form) -> int:
-    """Words of shared memory that the kernel of a form needs."""
-    return forward.make(ptx, form).words
+def _kind_of_parts(form: Form) -> Any:
+    floats = types.CPointer(_F32)
+    return types.NamedTuple([floats, floats, types.CPointer(_STORED[form.storage]), floats, _I32], decode.Parts)
 
 
-def kept(form: Form) -> str:
+def words(name: str, form: Form) -> int:
+    """Words of shared memory that a kernel needs."""
+    return forward.make(ptx, form).words if name == "forward" else 0
+
+
+def kept(name: str, form: Form) -> str:
     """As `compiled`, from the file of an earlier process where there is one."""
-    path = _folder() / f"forward-{_key(form)}.ptx"
+    path = _folder() / f"{name}-{_key(form)}.ptx"
     with suppress(OSError, UnicodeDecodeError):
         text = path.read_text()
         if text.rstrip().endswith("}"):
             return text
-    text = compiled(form)
+    text = compiled(name, form)
     with suppress(StorageError):  # a failure costs the time to compile and nothing else
         write(path, text.encode())
     return text

@@ -46,6 +46,10 @@ FORMS = dict(
         _form("bfloat16", 128, 128, **_ALL),
         _form("float16", 128, 128, positions=True, slopes=True),
         _form("float16", 40, 24, wide=False),
+        _form("float32", 128, 128, split=True),
+        _form("bfloat16", 128, 128, positions=True, split=True),
+        _form("float32", 128, 128, split=True),
+        _form("bfloat16", 128, 128, positions=True, split=True),
     ]
 )
 
@@ -86,8 +90,8 @@ def machine_code(text: str, architecture: str) -> Code:
     return Code(int(registers[1]) if registers else 0, stack, stores + loads, found)
 
 
-def faults(form: Form, code: Code) -> list[str]:
-    """What is wrong with the machine code of a form."""
+def faults(form: Form, code: Code, *, products: bool = True) -> list[str]:
+    """What is wrong with the machine code of a form's kernel, one with the products of its tiles or without."""
     found = [f"{code.stack} bytes of stack"] if code.stack else []
     if code.spills:
         found.append(f"{code.spills} bytes of spills")
@@ -100,11 +104,11 @@ def faults(form: Form, code: Code) -> list[str]:
     for name in ("LDL", "STL"):
         if spread[name]:
             found.append(f"{spread[name]} {name}")
-    products = padded(form.depth, 16) // 16 + padded(form.width, 16) // 16
-    expected = 0 if form.storage == "float32" else form.keys // 8 * products
+    each = padded(form.depth, 16) // 16 + padded(form.width, 16) // 16
+    expected = form.keys // 8 * each if products and form.storage != "float32" else 0
     if spread["HMMA"] != expected:
         found.append(f"{spread['HMMA']} HMMA instead of {expected}")
-    if form.wide and not code.instructions["LDGSTS.E.BYPASS.128"]:
+    if products and form.wide and not code.instructions["LDGSTS.E.BYPASS.128"]:
         found.append("no asynchronous copies of 16 bytes")
     return found
 
@@ -132,19 +136,21 @@ def main(architectures: tuple[str, ...]) -> int:
     from refattn.engines.cuda import build
 
     bad = 0
-    for name, form in FORMS.items():
+    kernels = [(name, "forward", form) for name, form in FORMS.items()]
+    kernels += [(f"joins the parts of {name}", "combine", form) for name, form in FORMS.items() if form.split]
+    for told, name, form in kernels:
         start = time.perf_counter()
-        text = build.compiled(form)
+        text = build.compiled(name, form)
         seconds = time.perf_counter() - start
         for architecture in architectures:
             code = machine_code(text, architecture)
-            wrong = faults(form, code)
+            wrong = faults(form, code, products=name == "forward")
             bad += bool(wrong)
-            total = sum(code.instructions.values())
-            products = sum(n for kind, n in code.instructions.items() if kind.startswith("HMMA"))
+            count = sum(n for kind, n in code.instructions.items() if kind.startswith("HMMA"))
             print(
-                f"{name:44} {architecture:7} {code.registers:3} registers  {code.spills} spilled  {code.stack} stack  "
-                f"{products:3} HMMA of {total:5}  PTX in {seconds:4.1f} s  {'; '.join(wrong) or 'ok'}",
+                f"{told:56} {architecture:7} {code.registers:3} registers  {code.spills} spilled  {code.stack} stack  "
+                f"{count:3} HMMA of {sum(code.instructions.values()):5}  PTX in {seconds:4.1f} s  "
+                f"{'; '.join(wrong) or 'ok'}",
                 flush=True,
             )
     return int(bad > 0)

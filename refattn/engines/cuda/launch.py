@@ -6,8 +6,8 @@ Written against the driver API and run on a driver that the tests simulate; it h
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn.engines.cuda.arrays import Device
-from refattn.engines.cuda.kernels.form import Arguments, Form
+from refattn.engines.cuda.kernels.form import Form
 from refattn.errors import DeviceError, EngineUnavailable
 
 _ALIGNED = 256  # bytes: where each array of a shared allocation begins
@@ -66,46 +66,79 @@ def ready() -> Any:
     return _driver()
 
 
+class Session:
+    """Work on one stream of a device; an array of the host has a place there until the session ends."""
+
+    def __init__(self, device: int, stream: int) -> None:
+        self.driver, self.device, self.stream = ready(), device, stream
+        self.places: dict[int, tuple[NDArray[Any], int]] = {}
+        self.blocks: list[int] = []
+
+    def run(self, name: str, form: Form, x: Any, grid: tuple[int, int, int], blank: Sequence[str] = ()) -> None:
+        """Launches the kernel of that name and form with arrays of the host or `Device`s; what is blank is not copied.
+
+        Raises
+        ------
+        DeviceError
+            Too little memory or shared memory, too old a device, or what else the driver tells.
+        """
+        kernel = loaded(name, form, self.device)
+        host = {n: a for n, a in x._asdict().items() if isinstance(a, np.ndarray)}
+        self._place({n: a for n, a in host.items() if id(a) not in self.places}, blank)
+        values, kinds = packed(x._replace(**{n: self.places[id(a)][1] for n, a in host.items()}))
+        size, stream = 4 * kernel.words, self.stream
+        done = self.driver.cuLaunchKernel(kernel.function, *grid, form.threads, 1, 1, size, stream, (values, kinds), 0)
+        _check(self.driver, done, f"a launch with {size} bytes of shared memory on device {self.device}")
+
+    def fetch(self, *arrays: NDArray[Any]) -> None:
+        """Waits for the work, and copies what it left in the places of these arrays into them."""
+        for array in arrays:
+            if array.nbytes:
+                place = self.places[id(array)][1]
+                _check(self.driver, self.driver.cuMemcpyDtoHAsync(array, place, array.nbytes, self.stream))
+        _check(self.driver, self.driver.cuStreamSynchronize(self.stream))
+
+    def end(self) -> None:
+        """Gives the memory back once the stream has come by."""
+        for block in self.blocks:
+            self.driver.cuMemFreeAsync(block, self.stream)
+
+    def _place(self, host: Mapping[str, NDArray[Any]], blank: Sequence[str]) -> None:
+        """Places for the arrays in one allocation."""
+        size = sum(-(-a.nbytes // _ALIGNED) * _ALIGNED for a in host.values())
+        what, place = f"{size} bytes of memory on device {self.device}", 0
+        if size:
+            place = int(_check(self.driver, self.driver.cuMemAllocAsync(size, self.stream), what))
+            self.blocks.append(place)
+        for name, array in host.items():
+            self.places[id(array)] = array, place
+            if array.nbytes and name not in blank:
+                whole = np.ascontiguousarray(array)
+                _check(self.driver, self.driver.cuMemcpyHtoDAsync(place, whole, whole.nbytes, self.stream), what)
+            place += -(-array.nbytes // _ALIGNED) * _ALIGNED
+
+
 @contextmanager
-def current(number: int) -> Iterator[int]:
-    """The device's primary context, which torch, CuPy and JAX use, is current."""
-    driver = ready()
-    context, device = _context(number)
-    _check(driver, driver.cuCtxPushCurrent(context))
-    try:
-        yield device
-    finally:
-        _check(driver, driver.cuCtxPopCurrent())
-
-
-def run(form: Form, x: Arguments, grid: tuple[int, int, int], *, device: int = 0, stream: int = _LEGACY_STREAM) -> None:
-    """Launches the kernel of a form. NumPy arrays are copied there, `out` and `lse` back; a `Device` array is in place.
-
-    With NumPy results the call waits for them, otherwise it returns when the stream has the work.
+def session(device: int = 0, stream: int = _LEGACY_STREAM) -> Iterator[Session]:
+    """A session, with the primary context of its device current, which torch, CuPy and JAX use.
 
     Raises
     ------
-    DeviceError
-        Too little memory or shared memory, too old a device, or what else the driver tells.
+    EngineUnavailable
+        The package or the driver is missing.
     """
     driver = ready()
-    host = {name: a for name, a in x._asdict().items() if isinstance(a, np.ndarray)}
-    with ExitStack() as after:
-        number = after.enter_context(current(device))
-        kernel = loaded(form, device)
-        places = after.enter_context(_memory(driver, host, stream))
-        values, kinds = packed(x._replace(**places))
-        size = 4 * kernel.words
-        launched = driver.cuLaunchKernel(kernel.function, *grid, form.threads, 1, 1, size, stream, (values, kinds), 0)
-        _check(driver, launched, f"{size} bytes of shared memory a block on device {number}")
-        for name in ("out", "lse"):
-            if name in host:
-                _check(driver, driver.cuMemcpyDtoHAsync(host[name], places[name], host[name].nbytes, stream))
-        if host.keys() & {"out", "lse"}:
-            _check(driver, driver.cuStreamSynchronize(stream))
+    context, _ = _context(device)
+    _check(driver, driver.cuCtxPushCurrent(context))
+    work = Session(device, stream)
+    try:
+        yield work
+    finally:
+        work.end()
+        driver.cuCtxPopCurrent()
 
 
-def packed(x: Arguments) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def packed(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The numbers that a kernel's parameters are, tuples taken apart, and their C types."""
     values: list[Any] = []
     kinds: list[Any] = []
@@ -118,13 +151,14 @@ def packed(x: Arguments) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 _I32, _I64, _F32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_float
-_KINDS: dict[str, Any] = dict.fromkeys(("heads", "share", "lq", "lk", "columns", "zero", "splits", "at_strides", "span"), _I32)
+_NUMBERS = ("heads", "share", "lq", "lk", "columns", "zero", "splits", "at_strides", "span")
+_KINDS: dict[str, Any] = dict.fromkeys(_NUMBERS, _I32)
 _KINDS |= dict.fromkeys(("q_strides", "k_strides", "v_strides", "dense_strides", "mask_strides"), _I64)
 _KINDS |= dict.fromkeys(("unit", "cap"), _F32)
 
 
 @cache
-def loaded(form: Form, number: int) -> Loaded:
+def loaded(name: str, form: Form, number: int) -> Loaded:
     """The form's kernel on a device, granted the shared memory it needs.
 
     Raises
@@ -139,7 +173,7 @@ def loaded(form: Form, number: int) -> Loaded:
     major = _attribute(driver, named.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
     if major < build.LEAST[0]:
         raise DeviceError(f"device {number} has compute capability {major}, and the kernels need 8.0 or newer")
-    words, text = build.words(form), build.kept(form)
+    words, text = build.words(name, form), build.kept(name, form)
     most = _attribute(driver, named.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device)
     size = 4 * words
     if size > most:
@@ -153,28 +187,6 @@ def loaded(form: Form, number: int) -> Loaded:
         granted = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver, driver.cuKernelSetAttribute(granted, size, function, device), f"{size} bytes of shared memory")
     return Loaded(driver.CUfunction(int(function)), words)
-
-
-@contextmanager
-def _memory(driver: Any, host: dict[str, NDArray[Any]], stream: int) -> Iterator[dict[str, int]]:
-    """Addresses of copies of the arrays, in one allocation that goes when the stream has come by."""
-    starts, size = {}, 0
-    for name, array in host.items():
-        starts[name], size = size, size + -(-array.nbytes // _ALIGNED) * _ALIGNED
-    if not size:
-        yield starts
-        return
-    what = f"{size} bytes of memory on the device"
-    base = int(_check(driver, driver.cuMemAllocAsync(size, stream), what))
-    try:
-        places = {name: base + start for name, start in starts.items()}
-        for name, array in host.items():
-            if array.nbytes and name not in ("out", "lse"):
-                whole = np.ascontiguousarray(array)
-                _check(driver, driver.cuMemcpyHtoDAsync(places[name], whole, whole.nbytes, stream), what)
-        yield places
-    finally:
-        _check(driver, driver.cuMemFreeAsync(base, stream))
 
 
 def _found(name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from refattn.engines.cuda.kernels import decode
 from refattn.engines.cuda.kernels.form import Arguments, Form, tiled
 from refattn.plan import Dense, Score, Slope, Table
 from refattn.scoring import differences, span, summed
@@ -49,7 +50,16 @@ def refuses(plan: Score) -> str | None:  # noqa: PLR0911  a sentence each
     return None
 
 
-def form_of(plan: Score, storage: str, wide: bool) -> Form:
+def splits_of(plan: Score) -> int:
+    """Into how many parts `decode` cuts the keys of a plan; 0 where the rows that share a key head are too many."""
+    batch, heads, lq, _ = plan.q.shape
+    groups, lk = plan.k.shape[1:3]
+    if heads // groups * lq > decode.MOST or lk < decode.LEAST:
+        return 0
+    return min(-(-int(lk) // decode.LEAST), -(-decode.BLOCKS // int(batch * groups)))
+
+
+def form_of(plan: Score, storage: str, wide: bool, split: bool = False) -> Form:
     """The form of a plan whose q, k and v are stored so."""
     (low, high), limit = span(plan), _limit(plan)
     return tiled(
@@ -64,12 +74,11 @@ def form_of(plan: Score, storage: str, wide: bool) -> Form:
         table=any(isinstance(b, Table) for b in plan.bias),
         dense=any(isinstance(b, Dense) for b in plan.bias),
         softcap=plan.softcap is not None,
+        split=split,
     )
 
 
-def arguments(
-    plan: Score, form: Form, q: Any, k: Any, v: Any, out: Any, lse: Any, *, splits: int = 1
-) -> Arguments:
+def arguments(plan: Score, form: Form, q: Any, k: Any, v: Any, out: Any, lse: Any, *, splits: int = 1) -> Arguments:
     """What the kernel of the form is called with; q, k, v, out and lse stand in for the plan's, strides in elements."""
     batch, heads, lq, _ = plan.q.shape
     groups, lk = plan.k.shape[1:3]

@@ -1,4 +1,4 @@
-"""Few rows of queries: their keys are cut into parts, which blocks take side by side, and the parts are put together.
+"""Few rows of queries: their keys are cut into parts, which blocks take side by side, and the parts are joined.
 
 Flash-decoding. The first kernel is `forward` of a split form, whose tile is all rows that share a key head, so that a
 key head is read once for all its query heads. Each part leaves its own softmax and its lse; here they become one:
@@ -15,10 +15,15 @@ from refattn.engines.cuda.kernels.form import Form
 
 F = np.float32
 MOST = 16  # rows that share a key head: a tile of tensor cores
+LEAST = 128  # keys of a part
+BLOCKS = 1024  # are enough to fill a device: a guess that has not been measured
 
 
 class Parts(NamedTuple):
-    """What `make`'s kernel reads and writes, C order: outs (rows, splits, Dv), lses (rows, splits); out, lse of rows."""
+    """What `make`'s kernel reads and writes, in C order.
+
+    outs (rows, splits, Dv) and lses (rows, splits) float32; out (rows, Dv) and lse (rows,).
+    """
 
     outs: Any
     lses: Any

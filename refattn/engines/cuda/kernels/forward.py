@@ -44,7 +44,8 @@ def make(ops: Any, form: Form) -> Kernel:
     see, following = sight.make(ops, form)
     pairs = logits.make(ops, form, product)
     place_of, part_of, turn = pairs.place, pairs.part, pairs.turn
-    split, rows, keys, width, scores, outputs = form.split, form.rows, form.keys, form.width, tall * product.broad, tall * wide
+    split, rows, keys, width = form.split, form.rows, form.keys, form.width
+    scores, outputs = tall * product.broad, tall * wide
     zero, one, bottom, nan = F(0), F(1), F(-np.inf), F(np.nan)
 
     @ops.device

@@ -20,7 +20,7 @@ class Sight(NamedTuple):
 def make(ops: Any, form: Form) -> Sight:
     """`see(x, b, t, n)`: NOTHING, ALL or SOME of what rows of tile t see of keys of tile n.
 
-    `following(x, b, t, n, end)`: the first tile of keys from n on, before `end`, of which they see anything, else `end`.
+    `following(x, b, t, n, end)`: the first tile of keys from n to `end` of which they see anything, else `end`.
     """
     keys, positions, segments, mask = form.keys, form.positions, form.segments, form.mask
 

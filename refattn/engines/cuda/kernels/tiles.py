@@ -17,8 +17,8 @@ def places(*sizes: int) -> list[int]:
 def make(ops: Any, form: Form, base: int, rows: int, columns: int, stride: int, *, grouped: bool = False) -> Any:
     """`fill(p, strides, near, first, length)`: asynchronous copies of `rows` rows from `first` on, 0 from `length` on.
 
-    p points to row 0, rows lie strides[2] elements apart, `columns` long; grouped, `near` of them belong to one head and
-    the next ones to the next, strides[1] elements on. In shared memory the first is at word `base`, and
+    p points to row 0, rows lie strides[2] elements apart, `columns` long; grouped, `near` of them belong to one head,
+    and the next ones to the next, strides[1] elements on. In shared memory the first is at word `base`, and
     rows lie `stride` words apart and are filled with 0 up to the last 4 of those words, which nobody reads: they make
     rows that are a power of 2 long begin in different banks.
     """
