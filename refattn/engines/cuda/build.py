@@ -35,7 +35,7 @@ def kind(form: Form) -> Any:
     fields = dict.fromkeys(("q", "k", "v", "out"), stored) | ({"out": floats} if form.split else {})
     fields |= dict.fromkeys(("lse", "slopes", "sink", "table", "dense"), floats)
     fields |= {"mask": types.CPointer(types.uint8)}
-    fields |= dict.fromkeys(("heads", "share", "lq", "lk", "columns", "zero", "splits"), _I32)
+    fields |= dict.fromkeys(("heads", "share", "lq", "lk", "columns", "zero", "splits", "page", "entries"), _I32)
     fields |= dict.fromkeys(("q_strides", "k_strides", "v_strides"), three)
     fields |= dict.fromkeys(("dense_strides", "mask_strides"), four)
     fields |= {"at_strides": types.UniTuple(_I32, 4), "span": types.UniTuple(_I32, 2), "unit": _F32}
