@@ -10,6 +10,7 @@ from refattn import api
 from refattn.bound import BoundSpace
 from refattn.dtypes import round_to
 from refattn.engines.cuda import operands
+from refattn.engines.cuda.kernels.form import tiled
 from refattn.plan import Score
 from refattn.profiles import PROFILES
 
@@ -107,6 +108,17 @@ def test_problems_with_keys_in_parts(name, rng):
     checked(problem, arrays(problem, rng)[0], "float32", splits=2, keys=4, lanes=4)
 
 
+@pytest.mark.parametrize("splits", [0, 2])
+@pytest.mark.parametrize("dtype", PROFILE)
+def test_tiles_as_a_device_has_them(dtype, splits, rng):
+    """Of the sizes that `tiled` chooses: two tiles of rows, the last with few of them, by two of keys."""
+    problem = Problem(CAUSAL, Sizes(1, 1, 1, 3 if splits else 67, 70, 6, 5))
+    inputs, _ = arrays(problem, rng)
+    chosen = tiled(depth=6, width=5, storage=dtype, wide=False, split=splits > 0)
+    sizes = {n: getattr(chosen, n) for n in ("rows", "keys", "threads", "lanes")}
+    checked(problem, inputs, dtype, splits=splits, **sizes)
+
+
 @pytest.mark.parametrize(("splits", "lq"), [(0, 19), (2, 2)])
 @pytest.mark.parametrize("dtype", PROFILE)
 def test_keys_in_blocks(dtype, splits, lq, rng):
@@ -116,7 +128,7 @@ def test_keys_in_blocks(dtype, splits, lq, rng):
     lengths, table = np.array([28, 9]), np.full((2, 7), -(2**40))
     blocks = {n: np.full((11, 1, 4, 8), np.nan, dtype) for n in "kv"}
     order = iter(rng.permutation(11))
-    for b, m in ((b, m) for b in range(2) for m in range(-(-lengths[b] // 4))):
+    for b, m in [(b, m) for b, length in enumerate(lengths) for m in range(-(-length // 4))]:
         table[b, m] = next(order)
         for n in "kv":
             there = x[n][b, :, 4 * m : min(4 * m + 4, lengths[b])]
