@@ -10,6 +10,7 @@ import refattn as ra
 from refattn.engines import cuda
 from refattn.engines.cuda import arrays as devices
 from refattn.engines.cuda import launch
+from refattn.engines.cuda.kernels.form import tiled
 from refattn.errors import DeviceError, DTypeError, EngineUnavailable, ShapeError, Unsupported
 
 CAUSAL = ra.SDPA(causal="bottom_right")
@@ -195,7 +196,7 @@ def test_a_driver_that_is_missing_or_sees_no_device_is_told(monkeypatch, rng):
     ("options", "match"),
     [
         ({"size": 512}, "CUDA_ERROR_OUT_OF_MEMORY for .* bytes of memory on device 0; free memory"),
-        ({"shared": 32 << 10}, "needs .* bytes of shared memory a block, and device 0 has 32768"),
+        ({"shared": 512}, "needs .* bytes of shared memory a block, and device 0 has 512"),
         ({"major": 7}, "compute capability 7, and the kernels need 8.0"),
     ],
 )
@@ -206,6 +207,13 @@ def test_a_device_that_is_too_small(options, match, monkeypatch, rng):
         ra.evaluate(CAUSAL, given(rng), engine="cuda")
     assert not driver.live
     assert driver.depth == 0
+
+
+def test_more_shared_memory_than_48_kb_is_asked_for(driver):
+    form = tiled(depth=128, width=128, storage="float32", wide=True)
+    kernel = launch.loaded("forward", form, 0)
+    assert driver.granted == {0: 4 * kernel.words}
+    assert 4 * kernel.words > 48 << 10
 
 
 def test_the_engine_is_found_without_its_packages():
