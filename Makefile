@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help golden test bench bench-full bench-engines stream docs claims lint wheel mintest peers new clean sameness sameness-quick
+.PHONY: help golden test bench bench-full bench-engines stream docs claims cuda-check lint wheel mintest peers new clean sameness sameness-quick
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,6 +15,10 @@ golden: .venv/.ok  ## regenerate every committed golden case and compare it byte
 
 test: .venv/.ok  ## the whole test suite, on the CPU
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+cuda-check: .venv/.ok  ## CUDA kernels in the simulator, and to machine code where the toolkit is installed
+	$(BIN)/python -m pytest tests/cuda
+	$(BIN)/python -m refattn.engines.cuda.gate $(ARCHITECTURES)
 
 bench: .venv/.docs  ## 26 problems beside the peers that are installed; writes docs/bench.md; see bench/README.md
 	PYTHONPATH=. $(BIN)/python -m bench

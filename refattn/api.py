@@ -83,7 +83,7 @@ def attention(
         Dropout as given: weights where True are divided by the probability, others are 0.
     dtype : result's dtype
         Default: that of q.
-    engine : "reference", "certified" or "cpu"
+    engine : "reference", "certified", "cpu" or "cuda"
         No engine stands in for another.
 
     Returns
@@ -122,7 +122,7 @@ def attention(
             raise SpecError(f"keep is a pair (boolean mask, probability); given: {type(keep).__name__}")
         given["keep"], probability = keep
     packing = _numpy({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
-    arrays, q_at = layouts.inward(_numpy(given), layout, **packing)
+    arrays, q_at = layouts.inward(_taken(given, engine), layout, **packing)
     options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap, "keep_probability": probability}
     whole = None
     with suppress(TypeError):  # of an option that has no hash
@@ -130,7 +130,8 @@ def attention(
     if whole is None:
         whole = _sdpa.__wrapped__(rotary, terms, (), **options)
     out = _run(build(whole, arrays, dtype, ("out",)), engine)["out"]
-    return from_numpy(np.ascontiguousarray(layouts.outward(out, layout, q_at)), q)
+    laid = layouts.outward(out, layout, q_at)
+    return _given(np.ascontiguousarray(laid) if isinstance(laid, np.ndarray) else laid, q)
 
 
 def evaluate(
@@ -149,7 +150,7 @@ def evaluate(
     last token; `step` goes on from it. Raises as `attention`.
     """
     given, names = _stateless(inputs), _names("want", want)
-    problem = build(spec, _numpy(given), dtype, names)
+    problem = build(spec, _taken(given, engine), dtype, names)
     return _collected(_run(problem, engine), problem, names, next(iter(given.values()), None))
 
 
@@ -260,7 +261,7 @@ def _run(problem: Problem, engine: str, state_dtype: Any = None) -> Outputs:
 
 def _collected(results: Outputs, problem: Problem, want: Sequence[str], like: Any) -> Outputs:
     """Results in the caller's kind of array, those of the state as one State."""
-    arrays = {n: from_numpy(results[n], like) for n in want if n != "state"}
+    arrays = {n: _given(results[n], like) for n in want if n != "state"}
     if "state" in want:
         carried = {n.removeprefix("state_"): a for n, a in results.items() if n.startswith("state_")}
         arrays["state"] = State(problem.spec, problem.length + problem.sizes.get("L", 0), carried)
@@ -328,6 +329,21 @@ def _names(what: str, given: Any) -> tuple[str, ...]:
 
 def _numpy(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: to_numpy(a, name) for name, a in given.items() if a is not None}
+
+
+def _taken(given: Mapping[str, Any], engine: str) -> dict[str, Any]:
+    """As `_numpy`, but arrays that the engine reads elsewhere are left where they are."""
+    take = getattr(registry.engine(engine), "take", None)
+    if take is None:
+        return _numpy(given)
+    present = {name: a for name, a in given.items() if a is not None}
+    there = {name: take(a, name) for name, a in present.items()}
+    return {name: to_numpy(a, name) if there[name] is None else there[name] for name, a in present.items()}
+
+
+def _given(a: Any, like: Any) -> Any:
+    """A result in the caller's kind of array: of the host, or as it is where an engine left it on its device."""
+    return from_numpy(a, like) if isinstance(a, np.ndarray) else a.handed_out()
 
 
 _ARGUMENTS = frozenset(

@@ -34,6 +34,10 @@ class EngineUnavailable(RefattnError, RuntimeError):
     """An engine or a command needs an extra that is not installed; the message names it."""
 
 
+class DeviceError(RefattnError, RuntimeError):
+    """A GPU or its driver cannot do what was asked; the message says what, and what to do."""
+
+
 class Undecided(RefattnError, ArithmeticError):
     """Ball arithmetic cannot settle a decision at this precision; the certified engine doubles the bits."""
 

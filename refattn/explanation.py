@@ -11,7 +11,7 @@ from refattn import plan as plans
 from refattn import registry
 from refattn.api import _present, _whole, build
 from refattn.dtypes import format_of
-from refattn.errors import ShapeError, Unsupported
+from refattn.errors import EngineUnavailable, ShapeError, Unsupported
 from refattn.spec import Spec, describe
 
 
@@ -45,9 +45,7 @@ def explain(spec: Spec, sizes: Mapping[str, int], dtype: str = "float32") -> dic
             skips = engine.skips(problem) if engines[name] is None and hasattr(engine, "skips") else None
             if skips is not None:
                 skipping[name] = skips
-        except ImportError as error:
-            engines[name] = str(error)
-        except Unsupported as error:
+        except (EngineUnavailable, Unsupported) as error:
             engines[name] = str(error)
     told = module.operations(problem.spec, sizes) if hasattr(module, "operations") else (None, None)
     return {

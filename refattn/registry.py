@@ -23,7 +23,7 @@ from refattn.spec import Spec
 
 # The function that a term's module offers, and the field of SDPA in which the term stands.
 _PLACES = {"rotate": "rotary", "content": "content", "term": "bias"}
-ENGINES = ("reference", "certified", "cpu")
+ENGINES = ("reference", "certified", "cpu", "cuda")
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from refattn import unread
 from refattn.engines.cpu import adjoint, fast, score, skipping
 from refattn.engines.cpu.blocks import in_a_row, on_pages, packed, paged_alone, stored
-from refattn.engines.cpu.operands import Operands, converted, differences, prepare, rank4, rows
+from refattn.engines.cpu.operands import Operands, converted, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
 from refattn.errors import ShapeError, Unsupported
 from refattn.plan import Dense, Score, Slope, Table, keys, leaves, map_leaves
 from refattn.problem import Problem
+from refattn.scoring import differences
 from refattn.spec import Outputs
 from refattn.tape import Tape, Variable
 from refattn.unpack import unpacked

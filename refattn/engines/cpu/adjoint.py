@@ -9,11 +9,12 @@ import numpy as np
 from refattn.engines.cpu import fast, sparing
 from refattn.engines.cpu.backward import Given, Gradients, by_pair, kernel, total
 from refattn.engines.cpu.forward import shape_for
-from refattn.engines.cpu.operands import differences, rank4
+from refattn.engines.cpu.operands import rank4
 from refattn.engines.cpu.pool import spread, together
 from refattn.engines.cpu.skipping import norms
 from refattn.engines.cpu.work import KEYS, Array, Arrays, scratch
 from refattn.plan import Dense, Score, Slope, Table
+from refattn.scoring import differences
 
 _TASKS = 8  # at least, where there are so many tiles of keys: fewer heads are shared out
 _STEP = 8  # tiles of keys at most that a tile of rows is packed for: they and their gradients fit the second cache

@@ -14,7 +14,7 @@ from refattn.engines.cpu.blocks import blocks, stored
 from refattn.engines.cpu.cached import buffers
 from refattn.engines.cpu.cached import norms as norms_of
 from refattn.engines.cpu.forward import kernel, shape_for
-from refattn.engines.cpu.operands import converted, differences, rows, span, stacked, summed
+from refattn.engines.cpu.operands import converted, rows, stacked
 from refattn.engines.cpu.pool import together
 from refattn.engines.cpu.skipping import norms
 from refattn.engines.cpu.storage import bits, storage_of, widened
@@ -22,6 +22,7 @@ from refattn.engines.cpu.tiles import BOTTOM
 from refattn.engines.cpu.vectors import FLOAT32, INT8
 from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, Results, scratch, tiles_of
 from refattn.plan import Dense, Score, Slope, Table, keys
+from refattn.scoring import differences, span, summed
 
 Found = TypeVar("Found")
 

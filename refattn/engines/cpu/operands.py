@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.errors import ShapeError
 from refattn.plan import Dense, Score, Slope, Table
+from refattn.scoring import differences, span, summed
 
 Array = NDArray[Any]
-LEAST, GREATEST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 
 class Operands(NamedTuple):
@@ -100,25 +99,6 @@ def prepare(plan: Score, kind: type[np.floating[Any]]) -> Operands:
     )
 
 
-def span(plan: Score) -> tuple[int, int]:
-    """Least and greatest position(j) − position(i) that is visible."""
-    left, right = plan.window
-    reach = GREATEST if right is None else right
-    return LEAST if left is None else -left, min(reach, 0) if plan.causal else reach
-
-
-def differences(plan: Score) -> tuple[int, int]:
-    """Least position(j) − position(i), and how many integers lie from it to the greatest; (0, 0) where no pair is.
-
-    Taken sequence by sequence: two that stand far apart have no difference between them.
-    """
-    q_at, k_at = plan.positions
-    if not (q_at.size and k_at.size):
-        return 0, 0
-    low, high = int((k_at.min(1) - q_at.max(1)).min()), int((k_at.max(1) - q_at.min(1)).max())
-    return low, high - low + 1
-
-
 def converted(given: Any, kind: Any) -> Array:
     """As a kernel takes an array: of that dtype, C-contiguous, aligned and writeable, copied only where it is not."""
     if isinstance(given, np.ndarray) and given.flags.carray and given.dtype == kind:
@@ -130,21 +110,6 @@ def converted(given: Any, kind: Any) -> Array:
 def rank4(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape with leading axes of size 1, four in all."""
     return (1,) * (4 - len(shape)) + shape
-
-
-def summed(tables: Sequence[Table], heads: int, low: int, count: int) -> Array:
-    """Sum of the tables over the differences that occur; −∞ in one masks, whatever another holds."""
-    if not tables or not count:
-        return np.zeros((heads, 0))
-    for table in tables:
-        first, stop = low + table.offset, low + table.offset + count
-        if first < 0 or stop > table.values.shape[1]:
-            given = f"{-table.offset} to {table.values.shape[1] - table.offset - 1}"
-            occur = f"{low} to {low + count - 1}"
-            raise ShapeError(f"a bias table covers the differences {given}, but {occur} occur: widen the table")
-    parts = np.stack([t.values[:, low + t.offset : low + t.offset + count] for t in tables])
-    with np.errstate(invalid="ignore"):
-        return np.where(np.isneginf(parts).any(0), -np.inf, parts.sum(0))
 
 
 def stacked(arrays: Sequence[Array], kind: Any) -> tuple[Array, Array]:

@@ -1,0 +1,162 @@
+"""The cuda engine: a problem's Score plan run on an NVIDIA GPU, in float32 or on tensor cores, on arrays in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refattn.engines.cuda import arrays, launch, operands
+from refattn.engines.cuda.arrays import Device
+from refattn.engines.cuda.kernels.decode import Parts
+from refattn.errors import DTypeError, ShapeError, Unsupported
+from refattn.plan import Score
+from refattn.problem import Problem
+from refattn.spec import Outputs
+
+name = "cuda"
+
+_BLOCKS = 65535  # along the second and third axis of a grid
+_NO_GRADIENT = "the cuda engine has no gradients yet"
+
+
+def refuses(problem: Problem) -> str | None:
+    """A sentence for what the kernels do not compute, or None; whether there is a device, `run` tells."""
+    if problem.unplanned is not None:
+        return problem.unplanned
+    plan = problem.outline or problem.plan
+    if not isinstance(plan, Score):
+        return f"the cuda engine runs Score plans, and {problem.spec.variant} lowers to {type(plan).__name__}"
+    if problem.dtype.name not in operands.STORAGE:
+        return f"the cuda engine gives {', '.join(operands.STORAGE)} and not {problem.dtype}"
+    what = operands.refuses(plan)
+    if what is not None:
+        return f"the cuda engine has no kernel for {what}"
+    if max(plan.q.shape[:2]) > _BLOCKS:
+        return f"the cuda engine takes at most {_BLOCKS} sequences and as many heads"
+    others = [output for output in problem.want if output not in ("out", "lse")]
+    return f"the cuda engine gives out and lse, and not {' and not '.join(others)}" if others else None
+
+
+def take(x: Any, name: str) -> Device | None:
+    """The array where it lies on a device, or None for one of the host.
+
+    Raises
+    ------
+    DTypeError
+        It cannot be read in place, as nothing can but q, k and v.
+    """
+    if not arrays.on_device(x):
+        return None
+    if name not in ("q", "k", "v"):
+        raise DTypeError(f"{name} is on a device, where engine 'cuda' reads q, k and v alone: move it to the host")
+    return arrays.take(x, name)
+
+
+def run(problem: Problem) -> Outputs:
+    """Out (B,Hq,Lq,Dv) and lse (B,Hq,Lq) in float32, or out in the 16 bits that q, k and v have; on their device.
+
+    Raises
+    ------
+    EngineUnavailable
+        The package or the driver is missing; the message says which and how to get it.
+    DeviceError
+        Too little memory, or what else the driver tells.
+    ShapeError, DTypeError
+        q, k and v on different devices, of different dtypes, or in strides that the kernels do not read.
+    """
+    launch.ready()
+    plan = problem.outline or problem.score
+    q, k, v = (problem.inputs[n] if problem.outline else getattr(plan, n) for n in "qkv")
+    there = [isinstance(a, Device) for a in (q, k, v)]
+    if any(there):
+        return Outputs(dict(zip(("out", "lse"), _in_place(plan, problem.dtype, q, k, v), strict=True)))
+    same = all(a.dtype == problem.dtype for a in (q, k, v))
+    storage = problem.dtype if same else np.dtype(np.float32)
+    q, k, v = (np.ascontiguousarray(a, storage) for a in (q, k, v))
+    out = np.zeros((*q.shape[:3], v.shape[3]), storage)
+    lse = np.full(q.shape[:3], -np.inf, np.float32)
+    _launch(plan, q, k, v, out, lse)
+    return Outputs({"out": _positive(out), "lse": _positive(lse)})
+
+
+def vjp(
+    problem: Problem, cotangents: Mapping[str, Any], wrt: Sequence[str], outputs: Mapping[str, Any] | None = None
+) -> Outputs:
+    """Gradients: none yet.
+
+    Raises
+    ------
+    Unsupported
+        Always.
+    """
+    raise Unsupported(f"{_NO_GRADIENT}: ask engine='cpu'")
+
+
+def _in_place(plan: Score, dtype: np.dtype[Any], q: Any, k: Any, v: Any) -> tuple[Device, Device]:
+    """Out and lse in new arrays beside q, on the stream on which q is ready."""
+    for name, a in zip("qkv", (q, k, v), strict=True):
+        if not isinstance(a, Device):
+            raise ShapeError(f"{name} is on the host, and others of q, k, v on a device: move it there")
+        if a.number != q.number:
+            raise ShapeError(f"q is on device {q.number} and {name} on device {a.number}: move one")
+        if a.dtype != dtype:
+            raise DTypeError(f"{name} is {a.dtype} where the result is {dtype}: on a device both are the same")
+        _readable(name, a)
+    out = arrays.empty(q, (*q.shape[:3], v.shape[3]), dtype)
+    lse = arrays.empty(q, q.shape[:3], np.float32)
+    for name, a in (("out", out), ("lse", lse)):
+        _readable(name, a)
+    _launch(plan, q, k, v, out, lse)
+    return out, lse
+
+
+def _readable(name: str, a: Device) -> None:
+    size = a.dtype.itemsize
+    if a.size and (a.address % size or any(step % size for step in a.strides)):
+        raise ShapeError(f"{name} is not aligned to its {size}-byte numbers: copy it")
+    if a.shape[-1] > 1 and a.strides[-1] != size:
+        raise ShapeError(
+            f"numbers of a row of {name} lie {a.strides[-1]} bytes apart and not {size}: make its last axis contiguous"
+        )
+    if a.ndim == 4 and abs(a.strides[2]) * a.shape[2] >= 2**31 * size:
+        raise ShapeError(f"rows of {name} reach further than 32-bit indices: make it contiguous or shorter")
+
+
+def _launch(plan: Score, q: Any, k: Any, v: Any, *results: Any) -> None:
+    """Out and lse into these arrays, whose numbers are there once the stream, or for the host the call, is done."""
+    batch, heads, lq, _ = q.shape
+    splits = operands.splits_of(plan)
+    form = operands.form_of(plan, q.dtype.name, all(_wide(a) for a in (q, k, v)), split=splits > 0)
+    place = {"device": q.number, "stream": q.stream} if isinstance(q, Device) else {}
+    blank = ("out", "lse")
+    if not results[1].size:
+        return
+    with launch.session(**place) as there:
+        if splits:
+            parts = (batch, heads, lq, splits)
+            # Places on the device alone: nothing is ever written to these pages of the host.
+            outs, lses = np.empty((*parts, v.shape[3]), np.float32), np.empty(parts, np.float32)
+            x = operands.arguments(plan, form, q, k, v, outs, lses, splits=splits)
+            there.run("forward", form, x, (splits, k.shape[1], batch), blank)
+            joined = Parts(outs, lses, results[0], results[1], splits)
+            there.run("combine", form, joined, (lses.size // splits, 1, 1), blank)
+        else:
+            x = operands.arguments(plan, form, q, k, v, *results)
+            there.run("forward", form, x, (-(-lq // form.rows), heads, batch), blank)
+        if not isinstance(q, Device):
+            there.fetch(*results)
+
+
+def _wide(a: Any) -> bool:
+    """Whether every row begins at a multiple of 16 bytes; a copy of a host array begins at one."""
+    address = a.address if isinstance(a, Device) else 0
+    return all(n % 16 == 0 for n in (address, a.shape[3] * a.dtype.itemsize, *a.strides[:3]))
+
+
+def _positive(array: NDArray[Any]) -> NDArray[Any]:
+    """With no NaN that has a sign."""
+    array[np.isnan(array)] = np.nan
+    return array

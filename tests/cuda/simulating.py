@@ -1,0 +1,40 @@
+"""Runs a plan's kernels in the simulator, as the launcher runs them on a device."""
+
+import numpy as np
+
+from refattn.engines.cuda import operands, sim, simulator
+from refattn.engines.cuda.kernels import decode, forward
+
+# Tiles and blocks small enough that a few rows and keys make several of each.
+SMALL = {"float32": {"rows": 8, "keys": 4, "threads": 32, "lanes": 4}}
+SMALL |= {storage: {"rows": 32, "keys": 16, "threads": 64} for storage in ("bfloat16", "float16")}
+
+SPLIT = {"rows": 16, "keys": 16, "threads": 32}
+
+
+def pointer(array):
+    """To the whole memory of an array, of which it is the beginning."""
+    flat = (array if array.flags.c_contiguous else array.base).reshape(-1)
+    assert flat.ctypes.data == array.ctypes.data
+    return sim.Pointer(flat.view(np.uint16) if flat.dtype.itemsize == 2 else flat)
+
+
+def run(plan, q, k, v, *, seed=0, ops=sim, wide=False, limit=30.0, splits=0, **tile):
+    """Out in the dtype of q and lse, which hold NaN where nothing was written; by decode if the keys are split."""
+    storage = q.dtype.name
+    batch, heads, lq, _ = q.shape
+    parts = (batch, heads, lq, splits) if splits else (batch, heads, lq)
+    out = np.full((*parts, v.shape[3]), np.nan, np.float32 if splits else q.dtype)
+    lse = np.full(parts, np.nan, np.float32)
+    sizes = SPLIT if splits else SMALL[storage]
+    form = operands.form_of(plan, storage, wide, split=splits > 0)._replace(**sizes | tile)
+    x = operands.arguments(plan, form, q, k, v, out, lse, splits=splits or 1)
+    x = type(x)(*(pointer(a) if isinstance(a, np.ndarray) else a for a in x))
+    kernel = forward.make(ops, form)
+    grid = (splits, k.shape[1], batch) if splits else (-(-lq // form.rows), heads, batch)
+    simulator.launch(kernel.run, grid, form.threads, kernel.words, (x,), seed=seed, limit=limit)
+    if splits:
+        out, lse = np.full((*q.shape[:3], v.shape[3]), np.nan, q.dtype), np.full(q.shape[:3], np.nan, np.float32)
+        joined = decode.Parts(x.out, x.lse, pointer(out), pointer(lse), splits)
+        simulator.launch(decode.make(ops, form), (lse.size, 1, 1), form.threads, 0, (joined,), seed=seed, limit=limit)
+    return out, lse
