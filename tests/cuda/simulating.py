@@ -3,11 +3,15 @@
 import numpy as np
 
 from refattn.engines.cuda import operands, sim, simulator
-from refattn.engines.cuda.kernels import decode, forward
+from refattn.engines.cuda.kernels import backward, decode, forward
 
 # Tiles and blocks small enough that a few rows and keys make several of each.
 SMALL = {"float32": {"rows": 8, "keys": 4, "threads": 32, "lanes": 4}}
 SMALL |= {storage: {"rows": 32, "keys": 16, "threads": 64} for storage in ("bfloat16", "float16")}
+
+# Tiles of the backward pass, either side of which is met by the other.
+SQUARE = {"float32": {"rows": 8, "keys": 8, "threads": 32, "lanes": 4}}
+SQUARE |= {storage: {"rows": 32, "keys": 32, "threads": 64} for storage in ("bfloat16", "float16")}
 
 
 def pointer(array):
@@ -36,3 +40,19 @@ def run(plan, q, k, v, *, seed=0, ops=sim, wide=False, limit=30.0, splits=0, **t
         joined = decode.Parts(x.out, x.lse, pointer(out), pointer(lse), splits)
         simulator.launch(decode.make(ops, form), (lse.size, 1, 1), form.threads, 0, (joined,), seed=seed, limit=limit)
     return out, lse
+
+
+def gradients(plan, q, k, v, dout, out, lse, dlse, *, seed=0, ops=sim, wide=False, limit=30.0, **tile):
+    """Dq, dk, dv and the sums of a slope, which hold NaN where nothing was written; out and lse of the forward pass."""
+    batch, heads, _, _ = q.shape
+    given = [np.full(a.shape, np.nan, np.float32) for a in (q, k, v, lse)]
+    y = operands.cotangents(plan, dout, out, lse, dlse, *given)
+    y = type(y)(*(pointer(a) if isinstance(a, np.ndarray) else a for a in y))
+    for make, kernel in ((backward.make_rows, "rows"), (backward.make_keys, "keys")):
+        form = operands.form_of(plan, q.dtype.name, wide)._replace(**SQUARE[q.dtype.name] | tile)
+        x = operands.arguments(plan, form, q, k, v, np.zeros(0, q.dtype), np.zeros(0, np.float32))
+        x = type(x)(*(pointer(a) if isinstance(a, np.ndarray) else a for a in x))
+        made = make(ops, form)
+        tiles = (-(-q.shape[2] // form.rows), heads) if kernel == "rows" else (-(-k.shape[2] // form.keys), k.shape[1])
+        simulator.launch(made.run, (*tiles, batch), form.threads, made.words, (x, y), seed=seed, limit=limit)
+    return given

@@ -17,16 +17,22 @@ from refattn.engines.cuda.kernels.product import Product
 F = np.float32
 
 
-def make(ops: Any, form: Form) -> Product:
-    """The products of a form in float32."""
+def make(ops: Any, form: Form, base: int | None = None) -> Product:
+    """The products of a form in float32.
+
+    With a base, D = Dv and one operand serves both: values are the keys, and all begins at that word.
+    """
     lanes, keys, threads = form.lanes, form.keys, form.threads
     tall, broad, groups = form.rows * lanes // threads, keys // lanes, -(-form.width // (4 * lanes))
     shift, rest, step, wide = lanes.bit_length() - 1, lanes - 1, 4 * lanes, 4 * groups
-    stride, v_stride, p_stride = padded(form.depth, 4) + 4, 4 * lanes * groups + 4, keys + 4
-    k_word, v_word, p_word, words = tiles.places(
-        form.rows * stride, keys * stride, keys * v_stride, form.rows * p_stride
+    v_stride, p_stride = 4 * lanes * groups + 4, keys + 4
+    stride = padded(form.depth, 4) + 4 if base is None else v_stride
+    q_word, values = base or 0, keys * v_stride if base is None else 0
+    k_word, v_word, p_word, words = (
+        q_word + n for n in tiles.places(form.rows * stride, keys * stride, values, form.rows * p_stride)
     )
-    deep, quarter, v_columns, v_words = (stride - 4) // 4, keys // 4, v_stride - 4, keys * v_stride
+    v_word = v_word if base is None else k_word
+    deep, quarter, v_columns, v_words = padded(form.depth, 4) // 4, keys // 4, v_stride - 4, keys * v_stride
     scores, four_keys, four_wide, zero, one = tall * broad, 4 * broad, 4 * wide, F(0), F(1)
 
     @ops.device
@@ -40,7 +46,7 @@ def make(ops: Any, form: Form) -> Product:
                 word = k_word + (across + (c << shift)) * stride + 4 * d
                 near[4 * c], near[4 * c + 1], near[4 * c + 2], near[4 * c + 3] = ops.get4(word)
             for r in range(tall):
-                q0, q1, q2, q3 = ops.get4((first + r) * stride + 4 * d)
+                q0, q1, q2, q3 = ops.get4(q_word + (first + r) * stride + 4 * d)
                 for c in range(broad):
                     t = q0 * near[4 * c] + s[r * broad + c]
                     t = q1 * near[4 * c + 1] + t
@@ -78,7 +84,7 @@ def make(ops: Any, form: Form) -> Product:
                 ops.put(v_word + n, kept if finite else one if search else zero)
             n += threads
 
-    fill_q = tiles.make(ops, form, 0, form.rows, form.depth, stride, grouped=form.split)
+    fill_q = tiles.make(ops, form, q_word, form.rows, form.depth, stride, grouped=form.split)
     fill_k = tiles.make(ops, form, k_word, keys, form.depth, stride)
     fill_v = tiles.make(ops, form, v_word, keys, form.width, v_stride)
     return Product(
