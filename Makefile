@@ -5,10 +5,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help golden test bench bench-full bench-engines stream docs claims cuda-check lint wheel mintest peers new clean sameness
+.PHONY: help golden test bench bench-full bench-engines stream docs claims cuda-check lint wheel mintest peers new clean sameness sameness-quick
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 golden: .venv/.ok  ## regenerate every committed golden case and compare it byte by byte
 	$(BIN)/refattn golden verify
@@ -20,7 +20,7 @@ cuda-check: .venv/.ok  ## CUDA kernels in the simulator, and to machine code whe
 	$(BIN)/python -m pytest tests/cuda
 	$(BIN)/python -m refattn.engines.cuda.gate $(ARCHITECTURES)
 
-bench: .venv/.docs  ## 24 problems beside the peers that are installed; writes docs/bench.md; see bench/README.md
+bench: .venv/.docs  ## 26 problems beside the peers that are installed; writes docs/bench.md; see bench/README.md
 	PYTHONPATH=. $(BIN)/python -m bench
 
 bench-full: .venv/.docs  ## every problem of the grid, for hours; goes on where it was cut off
@@ -56,8 +56,11 @@ mintest: .venv/.ok  ## the test suite on the lower bounds of pyproject.toml
 	build/mintest/bin/python -m pip install --quiet --disable-pip-version-check -r build/mintest/lower.txt -e .
 	build/mintest/bin/python -m pytest -n auto --dist loadfile
 
-sameness: .venv/.ok  ## regenerate golden cases under other BLAS kernels, threads and CPU features
-	$(BIN)/python tools/sameness.py
+sameness: .venv/.ok build/sameness/.ok  ## every golden case under other BLAS kernels, threads, CPU features and NumPy
+	$(BIN)/python tools/sameness.py --other build/sameness/bin/python
+
+sameness-quick: .venv/.ok build/sameness/.ok  ## the same for 40 cases and three BLAS kernels, as CI runs it
+	$(BIN)/python tools/sameness.py --other build/sameness/bin/python --sample 40 --kernels 3
 
 peers: .venv/.peers  ## install the peer frameworks (large) and compare with them
 	$(BIN)/python -m pytest tests/peers
@@ -73,6 +76,14 @@ clean:  ## remove everything that make has made
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "refattn needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(PIP) -c constraints.txt -e ".[golden,test]"
+	@touch $@
+
+# The oldest NumPy that pyproject.toml admits, everything else as tested.
+build/sameness/.ok: .venv/.ok
+	$(PYTHON) -m venv build/sameness
+	grep -v '^numpy==' constraints.txt > build/sameness/constraints.txt
+	build/sameness/bin/python -m pip install --quiet --disable-pip-version-check -c build/sameness/constraints.txt \
+		"$$($(BIN)/python tools/lower_bounds.py numpy)" -e ".[golden]"
 	@touch $@
 
 .venv/.docs: .venv/.ok

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -16,15 +16,19 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Kind = Literal["forward", "backward", "decode"]
 TERMS = ("plain", "alibi", "t5", "window", "softcap", "document")
-DTYPES: dict[str, Any] = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
-UNITS = {"f32": 2.0**-24, "bf16": 2.0**-8, "f16": 2.0**-11}
+DTYPES: dict[str, Any] = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16, "int8": np.int8}
+UNITS = {"f32": 2.0**-24, "bf16": 2.0**-8, "f16": 2.0**-11, "int8": 2.0**-24}  # of the output: int8 has float32 queries
+PAGE = 16  # slots
 SOFTCAP, WINDOW, BUCKETS, FARTHEST = 50.0, 256, 32, 128
 _DOCUMENTS = (0.05, 0.15, 0.3, 0.5, 0.6, 0.85)  # where the documents of a sequence begin, as shares of its length
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One problem: batch 1; queries as long as keys, but for decode, which has one query."""
+    """One problem: batch 1; queries as long as keys, but for decode, which has one query.
+
+    Decode alone has int8, which is of k and v, each token of a head with a scale, and pages: blocks out of order.
+    """
 
     kind: Kind = "forward"
     heads: int = 8
@@ -35,6 +39,7 @@ class Cell:
     term: str = "plain"
     dtype: str = "f32"
     threads: int = 2
+    paged: bool = False
 
     @property
     def queries(self) -> int:
@@ -47,7 +52,8 @@ class Cell:
         heads = f"H{self.heads}" if self.heads == self.kv_heads else f"H{self.heads}/{self.kv_heads}"
         mask = "" if self.kind == "decode" else "causal " if self.causal else "full "
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{self.kind} {heads} L{self.length} D{self.width} {mask}{self.term} {self.dtype} {threads}"
+        pages = "paged " if self.paged else ""
+        return f"{self.kind} {heads} L{self.length} D{self.width} {mask}{pages}{self.term} {self.dtype} {threads}"
 
     @property
     def blocks(self) -> bool:
@@ -87,7 +93,8 @@ def quick() -> list[Cell]:
         *(Cell(causal=True, term=term) for term in TERMS[1:]),
         *(Cell(causal=True, dtype=dtype) for dtype in ("bf16", "f16")),
         *(Cell(kind="backward", width=d, causal=True) for d in (64, 128)),
-        *(decode(32768, kv, 128, dtype) for kv, dtype in ((8, "f32"), (32, "f32"), (8, "bf16"))),
+        *(decode(32768, kv, 128, dtype) for kv, dtype in ((8, "f32"), (32, "f32"), (8, "bf16"), (8, "int8"))),
+        replace(decode(32768, 8, 128, "f32"), paged=True),
         Cell(causal=True, threads=1),
         Cell(width=128, threads=1),
     ]
@@ -111,6 +118,8 @@ def _grid(threads: int) -> Iterator[Cell]:
         yield Cell("backward", h, g, n, d, causal, "plain", "f32", threads)
     for n, heads, d, dtype in product((4096, 32768, 131072), (8, 32), (64, 128), DTYPES):
         yield decode(n, heads, d, dtype, threads)
+    for n, heads, dtype in product((4096, 32768, 131072), (8, 32), ("f32", "int8")):
+        yield replace(decode(n, heads, 128, dtype, threads), paged=True)
     for n, term in product((8192, 32768), ("plain", "alibi")):  # what skipping is measured on
         yield Cell("forward", 8, 8, n, 64, True, term, "f32", threads)
 
@@ -121,16 +130,26 @@ def decode(length: int, heads: int, width: int, dtype: str, threads: int = 2) ->
 
 
 def arrays(cell: Cell) -> dict[str, NDArray[Any]]:
-    """q, k, v (1,H,L,D), for backward dout, for t5 the table (buckets, H): the same numbers in every process."""
+    """q, k, v (1,H,L,D), for backward dout, for t5 the table (buckets, H): the same numbers in every process.
+
+    For int8 k and v with k_scale and v_scale (1,H,L), and q in float32.
+    """
     shape = (cell.kind, cell.heads, cell.kv_heads, cell.length, cell.width)
     generator = np.random.default_rng(zlib.crc32(repr(shape).encode()))
     q, k, v = (cell.heads, cell.queries), (cell.kv_heads, cell.length), (cell.kv_heads, cell.length)
     sizes = {"q": q, "k": k, "v": v} | ({"dout": q} if cell.kind == "backward" else {})
     normal = {n: generator.standard_normal((1, *s, cell.width), dtype=np.float32) for n, s in sizes.items()}
+    if cell.dtype == "int8":
+        return {"q": normal["q"], **_quantised("k", normal["k"]), **_quantised("v", normal["v"])}
     found: dict[str, NDArray[Any]] = {n: a.astype(DTYPES[cell.dtype], copy=False) for n, a in normal.items()}
     if cell.term == "t5":
         found["t5_table"] = generator.standard_normal((BUCKETS, cell.heads), dtype=np.float32)
     return found
+
+
+def _quantised(name: str, a: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    scale = np.abs(a).max(-1) / np.float32(127)
+    return {name: np.rint(a / scale[..., None]).astype(np.int8), f"{name}_scale": scale}
 
 
 def visible(cell: Cell) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -213,5 +232,6 @@ def flops(cell: Cell) -> float:
 
 
 def cache_bytes(cell: Cell) -> int:
-    """Bytes of k and v, which decode has to read once."""
-    return 2 * cell.kv_heads * cell.length * cell.width * int(np.dtype(DTYPES[cell.dtype]).itemsize)
+    """Bytes of k and v, which decode has to read once, and of their scales."""
+    scale = 4 if cell.dtype == "int8" else 0
+    return 2 * cell.kv_heads * cell.length * (cell.width * int(np.dtype(DTYPES[cell.dtype]).itemsize) + scale)

@@ -30,7 +30,7 @@ def exact(cell: Cell, given: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
     for h in range(cell.heads):
         g = h // (cell.heads // cell.kv_heads)
         q = given["q"][0, h, rows].astype(np.float64)
-        k, v = (given[n][0, g].astype(np.float64) for n in "kv")
+        k, v = (_real(given, n, g) for n in "kv")
         scores = q @ k.T / np.sqrt(cell.width)
         if cell.term == "softcap":
             scores = SOFTCAP * np.tanh(scores / SOFTCAP)
@@ -45,6 +45,13 @@ def exact(cell: Cell, given: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
         for name, a in one.items():
             found.setdefault(name, []).append(a)
     return {name: _grouped(cell, name, np.stack(heads))[None] for name, heads in found.items()}
+
+
+def _real(given: Mapping[str, NDArray[Any]], name: str, g: int) -> Floats:
+    """One head of k or v."""
+    scale = given.get(f"{name}_scale")
+    found: Floats = given[name][0, g].astype(np.float64)
+    return found if scale is None else found * scale[0, g, :, None]
 
 
 def _gradients(p: Floats, qkv: tuple[Floats, Floats, Floats], out: Floats, dout: Floats) -> dict[str, Floats]:

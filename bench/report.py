@@ -138,7 +138,7 @@ def _own(done: Sequence[tuple[Cell, Kept]]) -> str:
     }
     lines = ["## refattn beside itself\n", "| cell | beside | time, at the same work |", "|---|---|---|"]
     for cell, t in seconds.items():
-        other = Cell(**(vars(cell) | {"term": "plain", "dtype": "f32"}))
+        other = Cell(**(vars(cell) | {"term": "plain", "dtype": "f32", "paged": False}))
         if other != cell and other in seconds:
             factor = (t / flops(cell)) / (seconds[other] / flops(other))
             lines.append(f"| {cell.name} | {other.term} {other.dtype} | {factor:.2f} |")

@@ -49,6 +49,8 @@ def obstacle(cell: Cell, name: str, short: bool) -> str | None:
     peer = peers.load(name)
     if not peers.installed(peer):
         return "not installed"
+    if name in peers.PEERS and (cell.paged or cell.dtype == "int8"):
+        return "takes no keys and values in pages" if cell.paged else "takes no keys and values in int8"
     if short and name == "torch_flex" and cell.term == "plain":
         return "left out of the short run, for it compiles for 20 s"
     refused: str | None = peer.refuses(cell)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from refattn import draws, errors
 from refattn.api import attention, evaluate, vjp
+from refattn.cache import extend
 from refattn.explanation import explain
 from refattn.registry import class_named, spec, variants
 from refattn.state import State
@@ -26,6 +27,7 @@ __all__ = [
     "errors",
     "evaluate",
     "explain",
+    "extend",
     "init_state",
     "load_state",
     "spec",

@@ -15,7 +15,7 @@ from refattn import registry
 from refattn.arrays import from_numpy, to_numpy
 from refattn.dtypes import format_of, round_to
 from refattn.errors import DTypeError, ShapeError, SpecError, Unsupported
-from refattn.problem import Problem, Shaped, fit, is_kind, state_arrays, within
+from refattn.problem import WIDE, Problem, Shaped, fit, inner_outputs, is_kind, state_arrays, within
 from refattn.spec import Array, Outputs, Spec
 from refattn.state import State
 
@@ -144,9 +144,10 @@ def evaluate(
 ) -> Outputs:
     """Outputs of a variant: `want` names them ("out", "lse", ...); arrays of the kind and dtype of the first input.
 
-    lse is natural, of the final logits, sink included: float64 for float64 input, else float32. The certified engine
-    adds `status`, a code per element. A streaming variant offers "state" too, the `State` after the last token; `step`
-    goes on from it. Raises as `attention`.
+    lse is natural, of the final logits, sink included: float64 for float64 input, else float32. Of softmax attention
+    `want` may name "scores" (the final logits, −∞ where masked) and "probs", both (B,Hq,Lq,Lk) and wide as lse is. The
+    certified engine adds `status`, a code per element. A streaming variant offers "state" too, the `State` after the
+    last token; `step` goes on from it. Raises as `attention`.
     """
     given, names = _stateless(inputs), _names("want", want)
     problem = build(spec, _taken(given, engine), dtype, names)
@@ -240,7 +241,8 @@ def _form(spec: Spec, shaped: tuple[tuple[str, Any, Any], ...], dtype: Any, want
     sizes = fit(signature, arrays)
     resolved = module.resolve(whole, sizes)
     bounded = {name: signature[name] for name in arrays if signature[name].domain != "any"}
-    offered = [*module.outputs(resolved), *(["state"] if hasattr(module, "state") else [])]
+    carried = ["state"] if hasattr(module, "state") else []
+    offered = [*module.outputs(resolved), *carried, *inner_outputs(module, resolved)]
     unknown = sorted(set(want) - set(offered))
     if unknown:
         raise SpecError(f"want names {unknown[0]!r}; {resolved.variant} offers {', '.join(offered)}")
@@ -279,7 +281,7 @@ def _rounded(outputs: Outputs, problem: Problem, state_dtype: Any = None) -> Out
     wide = np.dtype(np.float64 if problem.dtype == np.float64 else np.float32)
 
     def rounded(name: str, array: Any) -> Any:
-        dtype = wide if name == "lse" else problem.dtype
+        dtype = wide if name in WIDE else problem.dtype
         if name.startswith("state_") and state_dtype is not None:
             dtype = state_dtype
             # The caches of a float64 stream are not touched, so not copied.

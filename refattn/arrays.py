@@ -13,6 +13,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from refattn.cache import Grown
 from refattn.errors import DTypeError
 
 _NAMES = "bool, int8 to int64, uint8 to uint64, float16, float32, float64, bfloat16, float8_e4m3fn, float8_e5m2"
@@ -73,7 +74,7 @@ def to_numpy(x: object, name: str) -> np.ndarray:
         x has another type (object, complex, longdouble, text, ...), is masked, lives on an accelerator, or cannot be
         read now (a traced JAX array, a sparse tensor, a ragged list).
     """
-    if type(x) is np.ndarray and x.dtype in _AS_THEY_ARE:
+    if (type(x) is np.ndarray or type(x) is Grown) and x.dtype in _AS_THEY_ARE:
         return x
     if isinstance(x, np.ma.MaskedArray):
         raise DTypeError(f"{name} is a masked array, whose mask would be lost; give its data, filled, and mask= apart")

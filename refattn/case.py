@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from refattn.dtypes import Overflow
 from refattn.spec import Spec
 
 Kind = Literal["normal12", "integers", "bernoulli", "constant", "one_hot", "heads", "values"]
@@ -84,7 +85,9 @@ class Case:
     `inputs` names the arrays that are not NORMAL and the optional arrays that are present; `cotangents` the same for
     dout and those of other outputs; `want` says which outputs are published, "state" for the arrays carried on, "vjp"
     for gradients; `flags` name what the case exercises, `catches` the mistake it is there to catch. `history`: so many
-    tokens have gone before, and the arrays state_<name> after them are inputs too.
+    tokens have gone before, and the arrays state_<name> after them are inputs too. `overflow`: what becomes of a result
+    beyond the dtype's largest number: infinity (NaN where there is none), or under "saturate" that number.
+    `suite`: of "large" the repository holds manifests alone, recipes and hashes.
     """
 
     name: str
@@ -99,6 +102,8 @@ class Case:
     rows: Rows | None = None
     history: int = 0
     seed: int = 1
+    overflow: Overflow = "nonsaturate"
+    suite: Literal["core", "large"] = "core"
 
     def group(self) -> str:
         """Folder of the case: the name up to its first slash."""

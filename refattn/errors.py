@@ -46,6 +46,10 @@ class GoldenFormatError(RefattnError, ValueError):
     """A golden file is damaged, foreign, or of another version."""
 
 
+class GoldenError(RefattnError, ArithmeticError):
+    """A golden file cannot be made: some of a case's values are not proved."""
+
+
 class GoldenMismatch(RefattnError, AssertionError):
     """A golden file differs from what it should hold."""
 

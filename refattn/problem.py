@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -25,7 +25,8 @@ class Variant(Protocol):
     as "state" among its outputs; it is given them, with their "length", in the last argument. Its signature calls the
     number of tokens L. A module may also offer `validate(spec, x)`, which refuses what only the arrays together tell,
     `cases()` (there, or in _<name>_cases beside it, with FLAGS), `restrict(spec, x, rows)` for the published rows of
-    long cases, `operations(spec, sizes)` for `explain`, and `no_gradient(spec)`, a sentence where its plan has not the
+    long cases, `inner_outputs(spec)` and `inner_reference(spec, x)` for arrays inside that `want` may name beside the
+    outputs, `operations(spec, sizes)` for `explain`, and `no_gradient(spec)`, a sentence where its plan has not the
     gradients of its text, or None.
     """
 
@@ -70,6 +71,12 @@ class Problem:
         return own | state_arrays(self.variant, self.spec, self.length + self.sizes.get("L", 0))
 
     @property
+    def inner_outputs(self) -> dict[str, Array]:
+        """Arrays inside the variant that are given only where `want` names them."""
+        offered: dict[str, Array] = inner_outputs(self.variant, self.spec)
+        return {name: array for name, array in offered.items() if name in self.want}
+
+    @property
     def integer_outputs(self) -> set[str]:
         """Names of the outputs that are integers: exact in every space, without a cotangent."""
         return {name for name, array in self.outputs.items() if array.kind == "int"}
@@ -92,10 +99,17 @@ class Problem:
         """Outputs of the variant's text for lifted inputs, those of its state as state_<name>."""
         given, state = self._split(x)
         if state is None:
-            return dict(self.variant.reference(self.spec, given))
+            found = dict(self.variant.reference(self.spec, given))
+            inside = self.variant.inner_reference(self.spec, given) if self.inner_outputs else {}
+            return found | {name: inside[name] for name in self.inner_outputs}
         found = dict(self.variant.reference(self.spec, given, state))
         carried = found.pop("state")
         return found | {f"state_{name}": array for name, array in carried.items()}
+
+    def restricted(self, rows: tuple[int, ...]) -> Problem:
+        """The same problem for some query rows only, by the variant's `restrict`."""
+        short = self.variant.restrict(self.spec, self.inputs, rows)
+        return replace(self, inputs=short, sizes=dict(self.sizes) | {"Lq": len(rows)})
 
     def _split(self, x: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Inputs proper, and the state: as given, else of no token, where every array is 0."""
@@ -201,6 +215,14 @@ def state_arrays(variant: Any, spec: Spec, length: int) -> dict[str, Array]:
     carried = variant.state(spec, length) if hasattr(variant, "state") else {}
     return {f"state_{name}": array for name, array in carried.items()}
 
+
+def inner_outputs(variant: Any, spec: Spec) -> dict[str, Array]:
+    """The arrays inside a variant that may be asked for; none of most variants."""
+    return dict(variant.inner_outputs(spec)) if hasattr(variant, "inner_outputs") else {}
+
+
+# Logits, weights and their sums: results that stay in float32 where q is shorter.
+WIDE = frozenset({"lse", "scores", "probs"})
 
 _KINDS = {"int": "iu", "bool": "b"}
 _NAMES = {"real": "a floating-point dtype", "int": "an integer dtype", "bool": "bool"}

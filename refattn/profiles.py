@@ -73,11 +73,24 @@ def _kernel(name: str, unit: float, tiny: float, **storage: float) -> Profile:
 
 
 def _flash(name: str, **storage: float) -> Profile:
-    """16-bit products accumulated in float32, truncated as tensor cores do; weights and score gradients in 16 bits."""
+    """Short products accumulated in float32, truncated as tensor cores do; weights and score gradients kept short."""
     return _kernel(name, 2.0**-24, _FLUSH32, accumulation=2.0**-23, **storage)
 
 
 FLOAT32 = _kernel("float32", 2.0**-24, _FLUSH32)
 FLASH_BF16 = _flash("flash-bf16", storage=2.0**-8, storage_tiny=_FLUSH32)
 FLASH_F16 = _flash("flash-f16", storage=2.0**-11, storage_tiny=2.0**-25, storage_largest=65519.0)
-PROFILES = {p.name: p for p in (_kernel("float64", UNIT64, 2.0**-1022), FLOAT32, FLASH_BF16, FLASH_F16)}
+# 464 lies halfway between 448 and what would be the next number, and rounds to 448.
+FLASH_E4M3 = _flash("flash-e4m3", storage=2.0**-4, storage_tiny=2.0**-10, storage_largest=464.0)
+FLASH_E5M2 = _flash("flash-e5m2", storage=2.0**-3, storage_tiny=2.0**-17, storage_largest=61439.0)
+FLASH = (FLASH_BF16, FLASH_F16, FLASH_E4M3, FLASH_E5M2)
+PROFILES = {p.name: p for p in (_kernel("float64", UNIT64, 2.0**-1022), FLOAT32, *FLASH)}
+# The profile of a case that stores its inputs in a dtype.
+PROFILE_OF = {
+    "float64": "float64",
+    "float32": "float32",
+    "bfloat16": "flash-bf16",
+    "float16": "flash-f16",
+    "float8_e4m3fn": "flash-e4m3",
+    "float8_e5m2": "flash-e5m2",
+}

@@ -13,11 +13,10 @@ from checks import same
 from test_fast_kernels import EDGES, OPTIONS, extras, qkv, vectors_of_x86
 
 import refattn as ra
-from refattn import api
+from refattn import api, jit
 from refattn.bound import BoundSpace
 from refattn.engines import cpu, reference
 from refattn.engines.cpu import (
-    _jit,
     adjoint,
     backward,
     bounds,
@@ -269,7 +268,7 @@ def test_shorter_vectors_give_results_within_the_bound(cpu_name, tmp_path):
 @pytest.mark.parametrize("made", [backward.kernel, backward.by_pair])
 def test_the_cache_key_holds_every_file_that_a_kernel_calls(made):
     closed = {cell.cell_contents for cell in made(shape_for(1, 1)).py_func.__closure__}
-    assert _jit.stamp(bounds, gradients, logits, sight, skipping, tiles, tuples, vectors, work) in closed
+    assert jit.stamp(bounds, gradients, logits, sight, skipping, tiles, tuples, vectors, work) in closed
 
 
 def test_float64_and_keep_masks_are_left_to_the_slow_kernels(rng):

@@ -25,6 +25,9 @@ OTHERS = {
     "backward": replace(TINY, kind="backward", causal=True),
     "decode": cells.decode(40, 8, 8, "f32"),
     "bf16": replace(TINY, dtype="bf16"),
+    "int8": cells.decode(40, 8, 8, "int8"),
+    "pages": replace(cells.decode(48, 16, 8, "f32"), paged=True),
+    "int8 in pages": replace(cells.decode(48, 16, 8, "int8"), paged=True),
     "longer than a window": replace(TINY, length=300, term="window", causal=True),
 }
 TERMS = {
@@ -50,7 +53,7 @@ def samples(cell, times, skipped=None, load=0.0):
 def test_every_term_means_the_same_to_numpy_and_to_refattn(cell):
     """The float64 formula of the benchmark beside refattn's reference: two texts, one answer."""
     x = cells.arrays(cell)
-    wide = {n: a.astype(np.float64) for n, a in x.items()}
+    wide = {n: a if a.dtype == np.int8 else a.astype(np.float64) for n, a in x.items()}
     call = peers.load("refattn").prepare(cell, wide, engine="reference")
     found = call.read(call.run())
     for name, want in exact.exact(cell, x).items():
@@ -77,12 +80,13 @@ def test_work_counts_visible_pairs():
     assert cells.flops(replace(TINY, kind="backward")) == 10 * 8 * 4 * 40 * 40
     assert cells.flops(Cell(length=1000, term="window", causal=True)) == 4 * 64 * 8 * (256 * 257 / 2 + 744 * 256)
     assert cells.cache_bytes(cells.decode(100, 32, 64, "bf16")) == 2 * 8 * 100 * 64 * 2
+    assert cells.cache_bytes(cells.decode(100, 32, 64, "int8")) == 2 * 8 * 100 * (64 + 4)
 
 
 def test_the_grid_has_each_cell_once_and_the_short_run_is_part_of_it():
     grid, quick = cells.grid(), cells.quick()
     assert len({cell.name for cell in grid}) == len(grid)
-    assert len({cell.name for cell in quick}) == len(quick) == 24
+    assert len({cell.name for cell in quick}) == len(quick) == 26
     assert set(quick) <= set(grid)
     assert {cell.term for cell in quick} == set(cells.TERMS)
 

@@ -245,5 +245,5 @@ def test_bounds_come_from_operations_that_every_machine_rounds_alike(monkeypatch
 
 
 def test_profiles_are_found_by_their_names():
-    assert list(PROFILES) == ["float64", "float32", "flash-bf16", "flash-f16"]
+    assert list(PROFILES) == ["float64", "float32", "flash-bf16", "flash-f16", "flash-e4m3", "flash-e5m2"]
     assert all(name == profile.name for name, profile in PROFILES.items())

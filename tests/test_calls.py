@@ -105,8 +105,8 @@ def test_what_is_wrong_is_said_at_every_call(rng):
     for _ in range(2):
         with pytest.raises(ShapeError, match="kv_lengths must lie between 0 and Lk = 6"):
             ra.evaluate(ra.SDPA(), inputs, engine="cpu")
-        with pytest.raises(SpecError, match="want names 'scores'"):
-            ra.evaluate(ra.SDPA(), qkv(rng), engine="cpu", want=("scores",))
+        with pytest.raises(SpecError, match="want names 'weights'"):
+            ra.evaluate(ra.SDPA(), qkv(rng), engine="cpu", want=("weights",))
 
 
 def test_a_problem_may_change_its_own_sizes(rng):

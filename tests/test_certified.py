@@ -12,9 +12,8 @@ from problems import PROBLEMS, arrays
 import refattn as ra
 from refattn import api, exponential
 from refattn.dtypes import FORMATS, nearest, odd_fraction, round_to, ulp
-from refattn.engines import certified
 from refattn.engines.certified import balls as balls_module
-from refattn.engines.certified import certify
+from refattn.engines.certified import certify, escalation
 from refattn.engines.certified.balls import BALLS, Balls
 from refattn.engines.certified.rounding import ENCLOSED, EXACT, PROPAGATED, ROUNDED, better, round_enclosed
 from refattn.errors import DTypeError, RefattnError, Undecided
@@ -194,5 +193,5 @@ def test_a_wrong_rounding_is_refused(monkeypatch):
         found = round_enclosed(balls, to_nearest)
         return found._replace(odd=found.odd.astype(np.float32).astype(np.float64))
 
-    monkeypatch.setattr(certified, "round_enclosed", twice)
+    monkeypatch.setattr(escalation, "round_enclosed", twice)
     refused()

@@ -14,10 +14,9 @@ import pytest
 from checks import OUTPUTS, same, within
 
 import refattn as ra
-from refattn import api
+from refattn import api, jit
 from refattn.engines import cpu
 from refattn.engines.cpu import (
-    _jit,
     blocks,
     columns,
     decode,
@@ -266,7 +265,7 @@ def test_shorter_vectors_give_results_within_the_bound(cpu_name, tmp_path):
         "    t.within(ra.SDPA(softcap=3.0), t.qkv(rng, 1, rows, 1, 1, 530, 37, 21))\n"
         "    x = t.qkv(rng, 1, rows, 1, 1, 530, 37, 21)\n"
         "    t.within(ra.SDPA(bias=ra.ALiBi()), x, stored=ml_dtypes.bfloat16)\n"
-        "print(t._jit.lanes())"
+        "print(t.jit.lanes())"
     )
     environment = os.environ | {"NUMBA_CPU_NAME": cpu_name, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
@@ -275,5 +274,5 @@ def test_shorter_vectors_give_results_within_the_bound(cpu_name, tmp_path):
 
 
 def test_the_kernel_is_stamped_with_what_it_calls():
-    closed = {cell.cell_contents for cell in decode.kernel(_jit.lanes(), 0).py_func.__closure__}
-    assert _jit.stamp(blocks, columns, lines, dots, shares, sight, tiles, tuples, vectors, work) in closed
+    closed = {cell.cell_contents for cell in decode.kernel(jit.lanes(), 0).py_func.__closure__}
+    assert jit.stamp(blocks, columns, lines, dots, shares, sight, tiles, tuples, vectors, work) in closed

@@ -3,27 +3,24 @@
 An error-free transformation fails as soon as a product and a sum are contracted, reassociated or flushed.
 """
 
+import ctypes
+import platform
+from contextlib import contextmanager
+
+import numba
 import numpy as np
 import pytest
 
-from refattn.engines.cpu._jit import jit
+import refattn as ra
+from refattn import api
+from refattn.engines import certified
+from refattn.engines.certified import arithmetic, pairs_kernels, twofold
+from refattn.errors import RefattnError
+from refattn.jit import jit
 
 PAIRS = 1_000_000
 SPLIT = 2.0**27 + 1
-
-
-def two_sum(a, b):
-    s = a + b
-    t = s - a
-    return s, (a - (s - t)) + (b - t)
-
-
-def two_product(a, b):
-    p = a * b
-    c, d = SPLIT * a, SPLIT * b
-    a_high, b_high = c - (c - a), d - (d - b)
-    a_low, b_low = a - a_high, b - b_high
-    return p, a_low * b_low - (((p - a_high * b_high) - a_low * b_high) - a_high * b_low)
+two_sum, two_product = twofold.two_sum.py_func, twofold.two_prod.py_func
 
 
 @jit
@@ -94,3 +91,60 @@ def test_rounding_is_to_nearest_even_and_nothing_is_flushed(engine):
     x, out = np.array([1.0, 2.0**-53, 2.0**-1022, 5e-324]), np.empty(6)
     (probes if engine == "numba" else probes.py_func)(x, out)
     np.testing.assert_array_equal(out, [1.0, 1 + 2.0**-51, -1 - 2.0**-51, 2.0**-1023, 5e-324, 0.0])
+
+
+def test_this_process_passes():
+    arithmetic.check()
+    pairs_kernels.kernels.__wrapped__()
+
+
+def test_contraction_is_seen():
+    """Whatever the flag, only a processor with a fused multiply-add contracts."""
+    rules = numba.njit(two_sum), numba.njit(two_product)
+    loose = numba.njit(fastmath={"contract"})(arithmetic.answering(*rules))
+
+    def answers(*given):
+        return np.array([loose(*map(float, column)) for column in np.stack(given).T]).T
+
+    if "vfm" not in (loose(*arithmetic.INPUTS), *loose.inspect_asm().values())[1]:
+        pytest.skip("this processor has no fused multiply-add that the compiler would use")
+    with pytest.raises(RefattnError, match=r"Loose code .*contracted"):
+        arithmetic.check(answers, "Loose code")
+
+
+GLIBC_X86 = platform.machine() == "x86_64" and platform.libc_ver()[0] == "glibc"
+
+
+@contextmanager
+def switched(change):
+    """Change the floating-point environment of this thread and put it back, through glibc's 32 bytes of it."""
+    if not GLIBC_X86:
+        pytest.skip("the layout of the floating-point environment is known for glibc on x86-64 only")
+    libm = ctypes.CDLL("libm.so.6")
+    before = ctypes.create_string_buffer(32)
+    libm.fegetenv(before)
+    control = change(int.from_bytes(before.raw[28:], "little"))
+    libm.fesetenv(ctypes.create_string_buffer(before.raw[:28] + control.to_bytes(4, "little"), 32))
+    try:
+        yield
+    finally:
+        libm.fesetenv(before)
+
+
+@pytest.mark.parametrize(
+    "flag, wrong",
+    [(1 << 15, "flushed"), (1 << 6, "read as 0"), (1 << 13, "nearest"), (2 << 13, "nearest"), (3 << 13, "nearest")],
+)
+def test_another_mode_of_the_processor_is_seen_before_anything_is_certified(flag, wrong):
+    problem = api.build(ra.SDPA(), {name: np.ones((1, 1, 2, 2), np.float32) for name in "qkv"}, "float32", ("out",), 0)
+    kernels = pairs_kernels.kernels()
+    seen = []
+    with switched(lambda control: control | flag):
+        for ask in (arithmetic.check, lambda: pairs_kernels.tried(kernels), lambda: certified.certify(problem)):
+            try:
+                ask()
+            except RefattnError as error:
+                seen.append(str(error))
+    assert len(seen) == 3 and all(wrong in message for message in seen)
+    assert seen[1].startswith("Code compiled by Numba")
+    certified.certify(problem)

@@ -173,6 +173,36 @@ def test_sequences_that_share_a_page(rng):
         same(found[n], expected[n])
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16])
+@pytest.mark.parametrize("size", [1, 7, 16])
+def test_gradients_of_pages_are_those_of_a_row(size, kind, rng):
+    lengths = np.array([40, 0, 33])
+    row = {n: a.astype(kind) for n, a in qkv(rng, 3, 4, 2, 20, 40, 8, 8).items()}
+    dout = {"out": rng.standard_normal((3, 4, 20, 8)).astype(kind)}
+    inputs = paged(rng, row, size, lengths)
+    found = ra.vjp(ra.SDPA(paged=True), inputs, dout, engine="cpu", wrt=("q", "k", "v"))
+    expected = ra.vjp(ra.SDPA(), row | {"kv_lengths": lengths}, dout, engine="cpu", wrt=("q", "k", "v"))
+    same(found["dq"], expected["dq"])
+    for n in ("dk", "dv"):
+        whole = np.zeros_like(found[n])
+        for b, length in enumerate(lengths):
+            for j in range(length):
+                whole[inputs["block_table"][b, j // size], :, j % size] = expected[n][b, :, j]
+        assert (found[n] == whole).all()
+
+
+def test_gradients_of_a_page_that_sequences_share_add_up(rng):
+    row = qkv(rng, 2, 2, 2, 5, 24, 8, 8)
+    inputs = paged(rng, row, 8, np.array([24, 20]))
+    inputs["block_table"][1, 0] = inputs["block_table"][0, 0]
+    checked = problem(ra.SDPA(paged=True), inputs)
+    cotangents = {"out": rng.standard_normal((2, 2, 5, 8)).astype(np.float32)}
+    found = cpu.vjp(checked, cotangents, ("q", "k", "v"))
+    expected = checked.differentiate(BoundSpace(FLOAT32).real, cotangents, ("q", "k", "v"))
+    for n in ("dq", "dk", "dv"):
+        assert (np.abs(found[n] - expected[n].x) <= expected[n].e).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["k_scale", "v_scale"])
 @pytest.mark.parametrize("size", [None, 16])
@@ -244,6 +274,6 @@ def test_threads_change_no_bit(kv, rng, monkeypatch):
 
 def test_what_is_repeated_of_a_scale_is_kept_once(rng):
     inputs = integers(rng, qkv(rng, 2, 4, 2, 1, 70, 8, 8), (1, 2, 1))
-    kept = blocks.blocks(unread.plan(problem(ra.SDPA(kv="int8"), inputs)))
+    kept = blocks.blocks(unread.plan(problem(ra.SDPA(kv="int8"), inputs)), 70)
     assert kept.k_scale.shape == (2,)
     same(kept.k_steps, np.array([0, 1, 0]))

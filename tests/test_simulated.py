@@ -13,9 +13,10 @@ from refattn import api
 from refattn.bound import BoundSpace
 from refattn.dtypes import round_to
 from refattn.golden import build
-from refattn.profiles import FLOAT64, PROFILES
+from refattn.profiles import FLOAT64, PROFILE_OF, PROFILES
 
-PROFILE = {"float32": "float32", "bfloat16": "flash-bf16", "float16": "flash-f16"}
+WIDE = ("float32", "bfloat16", "float16")
+EIGHT_BITS = ("float8_e4m3fn", "float8_e5m2")
 
 
 class Given(NamedTuple):
@@ -80,7 +81,7 @@ def problem(rng, given, shape, dtype) -> tuple[Any, ...]:
 def errors(kernels, asked, x, weights, options):
     """Error over bound of each output of each kernel; the float64 evaluation's own error is added, never subtracted."""
     dtype, wrt = asked.dtype.name, tuple(asked.real_inputs())
-    limits = build.bounds(asked, weights, wrt, PROFILES[PROFILE[dtype]])
+    limits = build.bounds(asked, weights, wrt, PROFILES[PROFILE_OF[dtype]])
     with np.errstate(all="ignore"):
         exact = asked.differentiate(BoundSpace(FLOAT64).real, weights, wrt)
     for label, kernel in kernels.items():
@@ -96,7 +97,13 @@ def errors(kernels, asked, x, weights, options):
             yield label, name, np.max(np.where(total == 0, 0, total / np.maximum(bound, 1e-300)), initial=0.0)
 
 
-@pytest.mark.parametrize(("given", "shape", "dtype"), list(product(GIVEN, SHAPES, PROFILE)))
+# Normal numbers times 200 or 300 may overflow 8 bits, where nothing is promised.
+FITTING = [name for name in GIVEN if name not in ("large values", "large bias")]
+
+
+@pytest.mark.parametrize(
+    ("given", "shape", "dtype"), [*product(GIVEN, SHAPES, WIDE), *product(FITTING, SHAPES, EIGHT_BITS)]
+)
 def test_correct_kernels_stay_within_the_hard_bound(rng, given, shape, dtype):
     for label, name, worst in errors(KERNELS, *problem(rng, GIVEN[given], SHAPES[shape], dtype)):
         assert worst <= 1, (label, name, worst)
@@ -111,7 +118,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("dtype", PROFILE)
+@pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("fault", simulated.FAULTS)
 def test_planted_faults_break_it_at_two_thousand_keys(rng, fault, dtype):
     asked, x, weights, options = problem(rng, Given(), (1, 1, 1, 8, 2049, 16, 16), dtype)

@@ -1,4 +1,7 @@
-"""Print the lowest version of everything that refattn and its golden and test extras admit, one requirement a line."""
+"""Print the lowest version of everything that refattn and its golden and test extras admit, one requirement a line.
+
+With names as arguments, of these packages alone.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ def main() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     lines = [lowest(line) for line in (*project["dependencies"], *extras["golden"], *extras["test"])]
+    if sys.argv[1:]:
+        lines = [line for line in lines if line.partition("==")[0] in sys.argv[1:]]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

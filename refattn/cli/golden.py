@@ -14,44 +14,49 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+import refattn
 from refattn.case import Case
+from refattn.engines.certified import TIERS
 from refattn.errors import SpecError
 from refattn.golden import audit as auditing
-from refattn.golden import load, suite
+from refattn.golden import errata, load, suite
+from refattn.golden import verify as verifying
 from refattn.golden.build import Tally
 from refattn.golden.generate import generate as generate_suite
+from refattn.golden.load import CORE
 
 app = typer.Typer(no_args_is_help=True, help="Certified golden files.", pretty_exceptions_enable=False)
 console = Console()
 
 Pattern = Annotated[str, typer.Option("--cases", help="only cases whose name matches this pattern, such as 'alibi/*'")]
 Folder = Annotated[Path | None, typer.Option("--folder", help="the suite's folder; default: the committed one")]
+Suite = Annotated[str, typer.Option("--suite", help="core, or large, of which only recipes and hashes are stored")]
 Jobs = Annotated[int | None, typer.Option("--jobs", help="processes; default: one a core", min=1)]
 
 
 @app.command("list")
-def list_(folder: Folder = None, cases: Pattern = "*") -> None:
+def list_(folder: Folder = None, cases: Pattern = "*", of: Suite = CORE) -> None:
     """Name the committed cases: dtype, sizes, flags, and the mistake each is there to catch."""
     table = Table(box=None)
     for heading in ("case", "dtype", "Lq × Lk"):
         table.add_column(heading, no_wrap=True)
     table.add_column("the mistake it catches, and its flags")
-    folder = folder or load.folder_of_suite()
-    chosen = [name for name in load.names(folder=folder) if fnmatch(name, cases)]
+    folder = folder or load.folder_of_suite(of)
+    chosen = [name for name in load.names(of, folder) if fnmatch(name, cases)]
     for name in chosen:
-        golden = load.load(name, folder)
-        lengths = " × ".join(str(golden.sizes[dim]) for dim in ("Lq", "Lk", "L") if dim in golden.sizes)
-        about = Text.assemble(golden.catches, "\n", (" ".join(golden.flags), "dim"))
-        table.add_row(name, golden.dtype, lengths, about)
+        manifest = load.read_manifest(folder / f"{name}.json")
+        lengths = " × ".join(str(manifest["sizes"][dim]) for dim in ("Lq", "Lk", "L") if dim in manifest["sizes"])
+        about = Text.assemble(manifest["catches"], "\n", (" ".join(manifest["flags"]), "dim"))
+        table.add_row(name, manifest["dtype"], lengths, about)
     console.print(table)
     console.print(f"{len(chosen)} cases")
 
 
 @app.command()
-def verify(folder: Folder = None, cases: Pattern = "*", jobs: Jobs = None) -> None:
+def verify(folder: Folder = None, cases: Pattern = "*", jobs: Jobs = None, of: Suite = CORE) -> None:
     """Regenerate the cases, prove every number again, and compare each byte with the committed files."""
-    folder = folder or load.folder_of_suite()
-    todo = _chosen(cases)
+    folder = folder or load.folder_of_suite(of)
+    todo = _chosen(cases, of)
     tallies: list[Tally] = []
     with _progress("verifying", len(todo)) as step:
 
@@ -59,7 +64,7 @@ def verify(folder: Folder = None, cases: Pattern = "*", jobs: Jobs = None) -> No
             tallies.append(built.tally)
             step(case.name)
 
-        differences = suite.verify(folder, todo, jobs, done)
+        differences = verifying.verify(folder, todo, jobs, done)
     _print_tallies(tallies)
     if differences:
         for difference in differences:
@@ -71,11 +76,15 @@ def verify(folder: Folder = None, cases: Pattern = "*", jobs: Jobs = None) -> No
 
 @app.command()
 def generate(
-    folder: Annotated[Path, typer.Option("--folder", help="where to write the suite")] = Path("golden/v1"),
+    folder: Annotated[Path | None, typer.Option("--folder", help="where to write; default: golden/v1")] = None,
+    cases: Pattern = "*",
     jobs: Jobs = None,
+    of: Suite = CORE,
+    erratum: Annotated[str, typer.Option("--erratum", help="why released files change")] = "",
 ) -> None:
-    """Generate and certify the whole suite; a run that was stopped goes on where it was."""
-    todo = suite.cases()
+    """Generate and certify a suite; a run that was stopped goes on where it was."""
+    folder = folder or Path("golden") / load.folder_name(of)
+    todo = _chosen(cases, of)
     tallies: list[Tally] = []
     with _progress("generating", len(todo)) as step:
 
@@ -84,27 +93,44 @@ def generate(
                 tallies.append(built.tally)
             step(case.name)
 
-        generate_suite(folder, todo, jobs, done)
+        generate_suite(folder, todo, jobs, done, erratum)
     _print_tallies(tallies)
     kept = len(todo) - len(tallies)
     console.print(f"written to {folder}" + (f"; {kept} cases were finished by an earlier run" if kept else ""))
 
 
 @app.command()
+def release(folder: Folder = None, of: Suite = CORE) -> None:
+    """Record the hashes of every case that is new: from now on its files change only with an erratum."""
+    folder = folder or load.folder_of_suite(of)
+    count = errata.release(folder, refattn.__version__)
+    console.print(f"{count} cases are new in the record of {folder}", highlight=False)
+
+
+@app.command()
 def audit(
+    *,
     folder: Folder = None,
     cases: Pattern = "*",
     bits: Annotated[int, typer.Option("--arb", help="bits of the balls that recompute every value", min=192)] = 1024,
+    seeds: Annotated[int, typer.Option("--seeds", help="audit the fast tiers on so many other seeds instead")] = 0,
     jobs: Jobs = None,
+    of: Suite = CORE,
 ) -> None:
-    """Recompute committed values with far more bits than they were made with, and check each certificate."""
-    folder = folder or load.folder_of_suite()
-    chosen = [name for name in load.names(folder=folder) if fnmatch(name, cases)]
+    """Recompute committed values on balls with far more bits than they were made with; of large cases, some rows."""
+    if seeds:
+        todo = auditing.jobs_of_seeds(_chosen(cases, of), seeds, bits)
+    else:
+        folder = folder or load.folder_of_suite(of)
+        todo = auditing.jobs_of(folder, [name for name in load.names(of, folder) if fnmatch(name, cases)], bits)
     findings = []
-    with _progress("auditing", len(chosen)) as step:
-        for finding in auditing.audit_all(folder, chosen, bits, jobs):
+    with _progress("auditing", len(todo)) as step:
+        for finding in auditing.audit_all(todo, jobs):
             findings.append(finding)
             step(finding.name)
+    for finding in findings:
+        if finding.note:
+            console.print(f"  {finding.name}: {finding.note}", style="dim", markup=False)
     wrong = [f for f in findings if f.wrong]
     for finding in wrong:
         console.print(f"  {finding.name}: {'; '.join(finding.wrong)}", style="red", markup=False)
@@ -134,8 +160,8 @@ def compare(
         raise typer.Exit(1)
 
 
-def _chosen(pattern: str) -> list[Case]:
-    chosen = [case for case in suite.cases() if fnmatch(case.name, pattern)]
+def _chosen(pattern: str, of: str) -> list[Case]:
+    chosen = [case for case in suite.cases(of) if fnmatch(case.name, pattern)]
     if not chosen:
         raise SpecError(f"no case matches {pattern!r}; `refattn golden list` names them")
     return chosen
@@ -156,7 +182,7 @@ def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
 def _print_tallies(tallies: list[Tally]) -> None:
     """Cases, elements, how each was certified, worst distance, bytes; one row a folder and a total."""
     table = Table(box=None)
-    for heading in ("group", "cases", "elements", "rounded", "exact", "open", "NaN", "distance", "bytes"):
+    for heading in ("group", "cases", "elements", "rounded", "exact", "identity", "NaN", "distance", "bytes"):
         table.add_column(heading, justify="left" if heading == "group" else "right")
     groups = sorted({t.name.partition("/")[0] for t in tallies})
     for group in groups:
@@ -165,20 +191,19 @@ def _print_tallies(tallies: list[Tally]) -> None:
     _row(table, "total", tallies)
     console.print(table)
     seconds = sum(t.seconds for t in tallies)
+    tiers = {label: sum(t.tiers[label] for t in tallies) for label in TIERS}
+    console.print("decided by " + ", ".join(f"{label} {count:,}" for label, count in tiers.items() if count))
     console.print(
-        "rounded: correctly rounded, proved by balls; exact: a double, proved equal;\n"
-        "open: undecided at 4096 bits, stored with its width; NaN: asked by convention;\n"
+        "rounded: correctly rounded, proved; exact: a double, proved equal;\n"
+        "identity: a double or a tie by an identity, proved over a prime field; NaN: asked by convention;\n"
         "distance: worst |float64 reference − certified| in units of its float64 bound,\n"
         f"which every value was checked against. {seconds:.1f} seconds of work",
         highlight=False,
     )
-    for t in tallies:
-        if t.status["enclosed"]:
-            console.print(f"  undecided at 4096 bits: {t.name}, {t.status['enclosed']} elements", markup=False)
 
 
 def _row(table: Table, group: str, tallies: list[Tally]) -> None:
-    labels = ("correctly_rounded", "exact", "enclosed", "propagated")
+    labels = ("correctly_rounded", "exact", "identity", "propagated")
     status = {label: sum(t.status[label] for t in tallies) for label in labels}
     worst = max((t.distance for t in tallies), default=0.0)
     table.add_row(

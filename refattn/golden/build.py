@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,15 @@ from refattn.bound import Bounded, BoundSpace
 from refattn.case import NORMAL, Case, as_json
 from refattn.dtypes import format_of, round_up_bfloat16
 from refattn.engines import certified, reference
-from refattn.errors import SpecError, Undecided
+from refattn.errors import GoldenError, SpecError, Undecided
 from refattn.files import safetensors_bytes
 from refattn.golden import inputs as recipes
+from refattn.golden.condition import condition
 from refattn.golden.store import METADATA, json_bytes
-from refattn.problem import Problem
-from refattn.profiles import PROFILES
+from refattn.problem import WIDE, Problem
+from refattn.profiles import PROFILE_OF, PROFILES
 
 SCHEMA = "refattn.golden/1"
-PROFILE_OF = {"float64": "float64", "float32": "float32", "bfloat16": "flash-bf16", "float16": "flash-f16"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Tally:
     name: str
     elements: int
     status: Mapping[str, int]
+    tiers: Mapping[str, int]
     distance: float
     size: int
     seconds: float
@@ -48,7 +49,13 @@ class Built:
 
 
 def build(case: Case) -> Built:
-    """Generate, certify and bound one case."""
+    """Generate, certify and bound one case.
+
+    Raises
+    ------
+    GoldenError
+        Some of its values are neither decided nor proved identities: such a case is not published.
+    """
     start = time.perf_counter()
     arrays, weights = recipes.inputs(case), recipes.cotangents(case)
     problem = problem_of(case, arrays)
@@ -62,7 +69,7 @@ def build(case: Case) -> Built:
     tensors: dict[str, NDArray[Any]] = {}
     status: dict[str, Any] = {}
     tally = {"elements": 0, "distance": 0.0}
-    counts = dict.fromkeys(certified.STATUS, 0)
+    counts, tiers = dict.fromkeys(certified.STATUS, 0), dict.fromkeys(certified.TIERS, 0)
     for name in names:
         certificate = certified.Certificate(*(rows_of(case, name, a) for a in vars(found[name]).values()))
         tensors[name] = certificate.value
@@ -70,25 +77,30 @@ def build(case: Case) -> Built:
         tensors[f"{name}.bound"] = round_up_bfloat16(limit)
         if case.dtype == "float64":
             tensors[f"{name}.nearest"] = certificate.rne
-        status[name] = _status(certificate)
+        status[name] = _status(case.name, name, certificate)
         tally["elements"] += certificate.value.size
         tally["distance"] = max(tally["distance"], _distance(certificate, rows_of(case, name, plain[name])))
         for code, label in enumerate(certified.STATUS):
             counts[label] += int((certificate.status == code).sum())
-    manifest = json_bytes(_manifest(case, problem, arrays=arrays, weights=weights, tensors=tensors, status=status))
+        for code, label in enumerate(certified.TIERS):
+            tiers[label] += int((certificate.tier == code).sum())
+    kappa = condition(problem, weights, {name: certificate.value for name, certificate in found.items()})
+    manifest = json_bytes(
+        _manifest(case, problem, arrays=arrays, weights=weights, tensors=tensors, status=status)
+        | ({} if kappa is None else {"condition": kappa})
+    )
     packed = safetensors_bytes(tensors, METADATA)
     seconds = time.perf_counter() - start
     size = len(manifest) + len(packed)
-    return Built(manifest, packed, Tally(case.name, int(tally["elements"]), counts, tally["distance"], size, seconds))
+    elements, distance = int(tally["elements"]), tally["distance"]
+    return Built(manifest, packed, Tally(case.name, elements, counts, tiers, distance, size, seconds))
 
 
 def problem_of(case: Case, arrays: Mapping[str, NDArray[Any]]) -> Problem:
     """The checked problem of a case, restricted to its published query rows."""
-    problem = api.build(case.spec, arrays, case.dtype, ("out",), case.history)
-    if case.rows is None:
-        return problem
-    short = problem.variant.restrict(problem.spec, problem.inputs, case.rows.q)
-    return replace(problem, inputs=short, sizes=dict(problem.sizes) | {"Lq": len(case.rows.q)})
+    forward = tuple(name for name in case.want if name in ("scores", "probs"))
+    problem = api.build(case.spec, arrays, case.dtype, ("out", *forward), case.history)
+    return problem if case.rows is None else problem.restricted(case.rows.q)
 
 
 def rows_of(case: Case, name: str, array: NDArray[Any]) -> NDArray[Any]:
@@ -113,7 +125,7 @@ def bounds(problem: Problem, weights: Mapping[str, Any], wrt: tuple[str, ...], p
 
 
 def _with_output_rounding(name: str, b: Bounded, problem: Problem) -> NDArray[np.float64]:
-    wide = name == "lse" or name[1:] in recipes.FLOAT32_INPUTS
+    wide = name in WIDE or name[1:] in recipes.FLOAT32_INPUTS
     fmt = format_of("float32" if wide and problem.dtype != np.float64 else problem.dtype)
     rounding = 0.0 if b.settled else 2.0**-fmt.precision * (np.abs(b.x) + 2 * b.e) + 2.0 ** (fmt.emin - fmt.precision)
     total = np.where((b.e == 0) & (b.x == 0), 0.0, b.e + rounding)
@@ -129,14 +141,17 @@ def _distance(certificate: certified.Certificate, plain: NDArray[np.float64]) ->
     return float((gap / limit).max(initial=0.0))
 
 
-def _status(certificate: certified.Certificate) -> dict[str, Any]:
+def _status(case: str, output: str, certificate: certified.Certificate) -> dict[str, Any]:
     """What is true of an output whatever the precision of the run."""
-    open_ = np.flatnonzero(certificate.status == certified.ENCLOSED)
-    entry: dict[str, Any] = {"status": "enclosed" if open_.size else "correctly_rounded"}
+    open_, same = (np.flatnonzero(certificate.status == code) for code in (certified.ENCLOSED, certified.IDENTITY))
     if open_.size:
-        entry["enclosed"] = open_.tolist()
-        entry["width"] = float(np.max(certificate.width)).hex()
-    return entry
+        raise GoldenError(
+            f"{case}, {output}: elements {open_.tolist()} stay undecided at {certified.BITS[-1]} bits, and the "
+            f"exactness test proves no identity; they lie within {certificate.width.max():.3g} of what balls say. "
+            "Change the case: a value that is not proved is not published"
+        )
+    entry: dict[str, Any] = {"status": "correctly_rounded"}
+    return entry | ({"identity": same.tolist()} if same.size else {})
 
 
 def _manifest(
@@ -171,8 +186,10 @@ def _manifest(
         "inputs": given,
         "cotangents": duals,
         "outputs": outputs,
-        "conventions": {"empty_row": "zero", "lse_base": "e", "overflow": "nonsaturate", "rounding": "odd"},
+        "conventions": {"empty_row": "zero", "lse_base": "e", "overflow": case.overflow, "rounding": "odd"},
     }
+    if case.suite != "core":
+        manifest["suite"] = case.suite
     if case.history:
         manifest["history"] = case.history
     if case.rows is not None:

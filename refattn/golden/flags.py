@@ -39,6 +39,10 @@ _FAMILIES: Mapping[str, Flag] = {
     "one_hot_values": _family("The identity for values: the output is the matrix of weights."),
     "subnormal": _family("Numbers at the lower end of the storage type, subnormal in float16."),
     "max_finite": _family("Numbers at the upper end of the storage type, or products beyond it."),
+    "overflow": _family(
+        "Results beyond the largest number of their type, under the rule that the case names.",
+        "ml_dtypes#260", "ml_dtypes#400", "ml_dtypes#147",
+    ),
     "infinite_bias": _family("A mask written as −∞ in the bias."),
     "finite_mask": _family(
         "A mask written as a finite number: −1e30, or the least number of the type.", "onnxruntime#28904"
@@ -93,6 +97,7 @@ _OPTIONS: Mapping[str, Flag] = {
     "segments": _flag("Sequences packed into one row, told apart by segment ids."),
     "padding": _flag("Sequences shorter than their arrays."),
     "positions": _flag("Positions that are given instead of counted."),
+    "inner": _flag("Final logits and weights are published beside the outputs."),
     "lse_cotangent": _flag("A cotangent of lse beside that of out."),
 }  # fmt: skip
 
@@ -103,6 +108,7 @@ _SHAPES: Mapping[str, Flag] = {
     "different_widths": _flag("D ≠ Dv."),
     "odd_width": _flag("An odd D or Dv."),
     "float64": _flag("Double precision, stored rounded to nearest as well."),
+    "float8": _flag("8-bit floats."),
 }
 
 @cache

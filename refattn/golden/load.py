@@ -16,25 +16,41 @@ from numpy.typing import NDArray
 
 from refattn import registry
 from refattn.case import Case, Edit, Recipe, Rows
+from refattn.dtypes import Overflow
 from refattn.errors import GoldenFormatError, RefattnError, SpecError
 from refattn.golden import inputs as recipes
 from refattn.golden.build import SCHEMA
 from refattn.golden.store import REMEDY, read_bytes, read_json, read_safetensors
 from refattn.spec import Spec
 
-INDEX = "index.json"
+INDEX, ERRATA = "index.json", "errata.json"
+CORE, LARGE = "core", "large"
+FOLDERS = {CORE: "v1", LARGE: "v1_large"}
 
 
-def folder_of_suite() -> Path:
-    """The committed suite: the wheel's own copy, else `golden/v1` of the repository.
+def folder_name(suite: str) -> str:
+    """What a suite's folder is called.
 
     Raises
     ------
     GoldenFormatError
-        Neither is there.
+        There is no suite of that name.
     """
-    package = Path(str(files("refattn")))
-    for folder in (package / "_suite" / "v1", package.parent / "golden" / "v1"):
+    if suite not in FOLDERS:
+        raise GoldenFormatError(f"unknown suite {suite!r}; there are {' and '.join(FOLDERS)}")
+    return FOLDERS[suite]
+
+
+def folder_of_suite(suite: str = CORE) -> Path:
+    """A committed suite: the wheel's own copy, else `golden/v1` of the repository, of the large one `golden/v1_large`.
+
+    Raises
+    ------
+    GoldenFormatError
+        Neither is there, or there is no suite of that name.
+    """
+    package, version = Path(str(files("refattn"))), folder_name(suite)
+    for folder in (package / "_suite" / version, package.parent / "golden" / version):
         if (folder / INDEX).exists():
             return folder
     raise GoldenFormatError("no golden suite in this installation: name a folder, or run `refattn golden generate`")
@@ -57,6 +73,7 @@ class Golden:
     profile: str
     rows: Rows | None
     history: int
+    overflow: Overflow
     expected: Mapping[str, NDArray[np.float64]]
     bound: Mapping[str, NDArray[np.float64]]
     status: Mapping[str, str]
@@ -80,6 +97,8 @@ class Golden:
             rows=self.rows,
             history=self.history,
             seed=self.manifest["seed"],
+            overflow=self.overflow,
+            suite=self.manifest.get("suite", CORE),
         )
 
     def inputs(self) -> dict[str, NDArray[Any]]:
@@ -124,7 +143,7 @@ class Golden:
         return arrays
 
 
-def names(suite: str = "core", folder: Path | None = None) -> list[str]:
+def names(suite: str = CORE, folder: Path | None = None) -> list[str]:
     """Names of the suite's cases, from its index.
 
     Raises
@@ -132,7 +151,7 @@ def names(suite: str = "core", folder: Path | None = None) -> list[str]:
     GoldenFormatError
         The index is missing, damaged, of another version, or the suite is unknown.
     """
-    index = read_index(folder or folder_of_suite())
+    index = read_index(folder or folder_of_suite(suite))
     if suite != index["suite"]:
         raise GoldenFormatError(f"unknown suite {suite!r}; this folder holds {index['suite']!r}")
     return [entry["name"] for entry in index["cases"]]
@@ -144,6 +163,23 @@ def read_index(folder: Path) -> Any:
     index = read_json(path)
     _validate(index, "index", path)
     return index
+
+
+def read_errata(folder: Path) -> Any:
+    """What was released of a suite's folder, and its errata; of a folder without a record, nothing."""
+    path = folder / ERRATA
+    if not path.exists():
+        return {"schema": SCHEMA, "version": "", "released": {}, "errata": []}
+    told = read_json(path)
+    _validate(told, "errata", path)
+    return told
+
+
+def read_manifest(path: Path) -> Any:
+    """The manifest of a case, checked against the schema; its tensors need not be there."""
+    manifest = read_json(path)
+    _validate(manifest, "case", path)
+    return manifest
 
 
 def load(name: str, folder: Path | None = None) -> Golden:
@@ -166,10 +202,15 @@ def read_case(path: Path, entry: Mapping[str, str] | None = None) -> Golden:
     tensor_path = path.with_suffix(".safetensors")
     if entry is not None:
         for file, field in ((path, "manifest"), (tensor_path, "tensors")):
-            if hashlib.sha256(read_bytes(file)).hexdigest() != entry[field]:
+            # Tensors that are not there are another matter: those of a large case need not be.
+            if (field == "manifest" or file.exists()) and hashlib.sha256(read_bytes(file)).hexdigest() != entry[field]:
                 raise GoldenFormatError(f"{file} was altered: its sha256 is not the index's {field!r}; {REMEDY}")
-    manifest = read_json(path)
-    _validate(manifest, "case", path)
+    manifest = read_manifest(path)
+    if manifest.get("suite") == LARGE and not tensor_path.exists():
+        raise GoldenFormatError(
+            f"{manifest['id']} is stored as recipes and hashes: make its tensors with `refattn golden generate --suite "
+            f"large --cases {manifest['id']} --folder FOLDER`, and name that folder"
+        )
     tensors = read_safetensors(read_bytes(tensor_path), str(tensor_path))
     for name, output in manifest["outputs"].items():
         if name not in tensors or f"{name}.bound" not in tensors:
@@ -199,6 +240,7 @@ def read_case(path: Path, entry: Mapping[str, str] | None = None) -> Golden:
         profile=manifest["profile"],
         rows=None if rows is None else Rows(q=tuple(rows["q"]), k=tuple(rows["k"])),
         history=manifest.get("history", 0),
+        overflow=manifest["conventions"]["overflow"],
         expected={n: tensors[n] for n in manifest["outputs"]},
         bound={n: tensors[f"{n}.bound"].astype(np.float64) for n in manifest["outputs"]},
         status={n: output["status"] for n, output in manifest["outputs"].items()},
@@ -209,7 +251,8 @@ def read_case(path: Path, entry: Mapping[str, str] | None = None) -> Golden:
 @cache
 def _validators() -> Any:
     schema = read_json(Path(str(files("refattn.golden"))) / "schema.json")
-    return {part: jsonschema.Draft202012Validator(schema | {"$ref": f"#/$defs/{part}"}) for part in ("case", "index")}
+    parts = ("case", "index", "errata")
+    return {part: jsonschema.Draft202012Validator(schema | {"$ref": f"#/$defs/{part}"}) for part in parts}
 
 
 def _validate(data: Any, part: str, path: Path) -> None:

@@ -14,6 +14,7 @@ from refattn.dtypes import format_of, ulp
 from refattn.errors import ShapeError
 from refattn.golden.inputs import FLOAT32_INPUTS
 from refattn.golden.load import Golden
+from refattn.problem import WIDE
 
 Floats = NDArray[np.float64]
 
@@ -39,8 +40,9 @@ def compare(golden: Golden, results: Mapping[str, Any]) -> list[Comparison]:
     """Compare results, full size or the published rows only, with a case's values and bounds, output by output.
 
     The error is taken against the float64 value rounded to odd, which is within 2^−53 of the exact one. Where NaN is
-    expected any number that is not finite passes; lse −∞ must be −∞; a value beyond the dtype's largest may be
-    infinite; the sign of zero is ignored. Outputs that are missing are not compared.
+    expected any number that is not finite passes; lse −∞ must be −∞; a value that may lie beyond the dtype's largest
+    may be what the case's overflow rule makes of it: infinite (NaN where the dtype has no infinity), or that largest
+    number; the sign of zero is ignored. Outputs that are missing are not compared.
 
     Raises
     ------
@@ -56,7 +58,7 @@ def output_dtype(golden: Golden, name: str) -> str:
     """The dtype an output is rounded to: lse and the gradients of scores and slopes stay wide, integers are whole."""
     if golden.manifest["outputs"][name].get("kind") == "int":
         return "float64"
-    wide = name == "lse" or name[1:] in FLOAT32_INPUTS
+    wide = name in WIDE or name[1:] in FLOAT32_INPUTS
     return "float32" if wide and golden.dtype != "float64" else golden.dtype
 
 
@@ -90,7 +92,11 @@ def ratios(golden: Golden, name: str, result: Floats) -> Floats:
         may_overflow = np.abs(exact) + bound > fmt.max_finite
     ratio = np.where(np.isnan(ratio), np.inf, ratio)
     same_sign = np.signbit(result) == np.signbit(exact)
-    ratio = np.where(np.isinf(result) & same_sign & (may_overflow | np.isinf(exact)), 0.0, ratio)
+    if golden.overflow == "saturate":
+        overflown = (np.abs(result) == fmt.max_finite) & same_sign
+    else:
+        overflown = np.isinf(result) & same_sign if fmt.has_inf else np.isnan(result)
+    ratio = np.where((overflown & may_overflow) | (np.isinf(result) & (result == exact)), 0.0, ratio)
     return np.where(np.isnan(exact), np.where(np.isfinite(result), np.inf, 0.0), ratio)
 
 

@@ -10,12 +10,14 @@ import numpy as np
 from refattn.dtypes import format_of, round_to
 from refattn.oracle.alternatives import Alternative, Failure, Floats
 
-# Types shorter than the arithmetic that a case's dtype asks for: 16-bit inputs are summed in float32.
+# Types shorter than the arithmetic that a case's dtype asks for: shorter inputs are summed in float32.
 SHORT = {
     "float64": ("float32", "bfloat16", "float16"),
     "float32": ("bfloat16", "float16"),
     "bfloat16": ("bfloat16",),
     "float16": ("float16", "bfloat16"),
+    "float8_e4m3fn": ("float16", "bfloat16"),
+    "float8_e5m2": ("float16", "bfloat16"),
 }
 BLOCKS = (1, 8, 16, 32, 64, 128)
 

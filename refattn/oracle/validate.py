@@ -10,7 +10,7 @@ from typing import Any
 
 from refattn.errors import RefattnError, SpecError
 from refattn.golden import build, inputs
-from refattn.golden.load import Golden, load, names
+from refattn.golden.load import Golden, folder_of_suite, load, names
 from refattn.oracle.adapters import Target, resolve
 from refattn.oracle.compare import compare
 from refattn.oracle.diagnose import Diagnosis
@@ -51,7 +51,7 @@ def validate(
     arrays : "numpy", "torch" or "jax"
         What fn is given; default: what the adapter needs, else NumPy. With torch and JAX gradients come from their
         own differentiation unless fn returns them.
-    profile : "float32", "flash-bf16", "flash-f16" or "float64"
+    profile : a name in `refattn.profiles.PROFILES`, such as "float32" or "flash-bf16"
         The precision whose hard bound applies; default: that of each case's dtype.
     folder : Path
         A suite's folder; default: the committed one.
@@ -81,6 +81,7 @@ def validate(
         raise SpecError(f"profile is one of {', '.join(PROFILES)}; given: {profile!r}")
     takes = declared(target.fn)
     framework(kind)
+    folder = folder or folder_of_suite(suite)
     chosen = [name for name in names(suite, folder) if fnmatch(name, cases)]
     if not chosen:
         raise SpecError(f"no case matches {cases!r}; `refattn golden list` names them")

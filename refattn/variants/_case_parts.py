@@ -87,6 +87,8 @@ def shape_flags(case: Case) -> Iterator[str]:
         "chosen_rows": case.rows is not None,
         "lse_cotangent": "dlse" in case.cotangents,
         "float64": case.dtype == "float64",
+        "inner": "scores" in case.want,
+        "float8": case.dtype.startswith("float8"),
         "mask": "mask" in case.inputs,
         "bias": "bias" in case.inputs,
         "sink": "sink" in case.inputs,

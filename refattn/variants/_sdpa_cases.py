@@ -9,7 +9,10 @@ from typing import Any
 
 from refattn.case import Case, Recipe, Rows
 from refattn.variants import (
+    _sdpa_cases_float8,
+    _sdpa_cases_inner,
     _sdpa_cases_kept,
+    _sdpa_cases_large,
     _sdpa_cases_long,
     _sdpa_cases_masks,
     _sdpa_cases_numerics,
@@ -27,7 +30,10 @@ _BESIDE: tuple[Any, ...] = (
     _sdpa_cases_sigmoid,
     _sdpa_cases_kept,
     _sdpa_cases_numerics,
+    _sdpa_cases_float8,
+    _sdpa_cases_inner,
     _sdpa_cases_long,
+    _sdpa_cases_large,
 )
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -90,12 +91,18 @@ def resolve(spec: ALiBi, sizes: Mapping[str, int]) -> ALiBi:
         slopes = spec.slopes
     else:
         count = heads // 2 if spec.direction == "half" else heads
-        one = tuple(nearest(root_of_two(-e), "float32") for e in rule(spec.slopes, count))
+        one = _rounded(spec.slopes, count)
         slopes = one * 2 if spec.direction == "half" else one
     for name, given in (("slopes", slopes), ("slopes_right", spec.slopes_right)):
         if given is not None and len(given) != heads:
             raise ShapeError(f"{name} holds {len(given)} numbers for Hq={heads} heads: give one a head")
     return replace(spec, slopes=slopes)
+
+
+@cache
+def _rounded(name: Literal["interleaved", "geometric"], count: int) -> tuple[float, ...]:
+    """A rule's slopes: with a cache that grows every step asks for them again."""
+    return tuple(nearest(root_of_two(-e), "float32") for e in rule(name, count))
 
 
 def term(spec: ALiBi, x: Mapping[str, Any], at: Place) -> tuple[Any, NDArray[np.bool_] | None]:
@@ -122,8 +129,6 @@ def lower_term(spec: ALiBi, x: Mapping[str, Any], at: Place) -> tuple[Bias, ...]
         backward = np.arange(at.heads)[:, None] < at.heads // 2
         values = where(np.where(backward, ahead <= 0, ahead >= 0), values, real(-np.inf, values))
     return (Table(values=values, offset=-low),)
-
-
 
 
 def _slopes(spec: ALiBi, x: Mapping[str, Any]) -> tuple[Any, Any]:

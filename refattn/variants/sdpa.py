@@ -212,9 +212,42 @@ def validate(spec: SDPA, x: Mapping[str, Any]) -> None:
             _module(term).validate(term, x, place(spec.causal, x))
 
 
+def inner_outputs(spec: SDPA) -> dict[str, Array]:
+    """What stands inside, for problems small enough: final logits, −∞ where a pair is masked, and weights of values."""
+    return {"scores": Array(_PAIRS), "probs": Array(_PAIRS)}
+
+
 def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, Any]:
     """The formula, in its fixed order."""
     x = _kept.unpacked(x)
+    s, live, spoiled, relative = _logits(spec, x)
+    keep = None
+    if spec.keep_probability is not None:
+        keep = real(x["keep"].astype(np.int64), s) / real(spec.keep_probability, s)
+    return _attended(spec, s, live, x["v"], sink=x.get("sink"), keep=keep, spoiled=spoiled, relative=relative)
+
+
+def inner_reference(spec: SDPA, x: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores and, before the keep-mask, probs: the out of values that are the unit vectors."""
+    x = _kept.unpacked(x)
+    s, live, spoiled, _ = _logits(spec, x)
+    scores = where(live & (spoiled | ~finite(s)), real(np.nan, s), where(live, s, real(-np.inf, s)))
+    (batch, groups, lk), unit = x["k"].shape[:3], np.eye(x["k"].shape[2])
+    values = real(np.broadcast_to(unit, (batch, groups, lk, lk)), s)
+    probs = _attended(spec, s, live, values, sink=x.get("sink"), keep=None, spoiled=spoiled, relative=())["out"]
+    return {"scores": scores, "probs": probs}
+
+
+def _attended(spec: SDPA, s: Any, live: Any, v: Any, *, sink: Any, **options: Any) -> dict[str, Any]:
+    """The outputs of the spec's normaliser."""
+    if spec.normalizer == "sigmoid":
+        return {"out": _sigmoid.sigmoid_attend(s, live, v, **options)}
+    out, lse = softmax_attend(s, live, v, sink=sink, **options)
+    return {"out": out, "lse": lse}
+
+
+def _logits(spec: SDPA, x: Mapping[str, Any]) -> tuple[Any, Any, Any, list[Any]]:
+    """Final logits, which pairs are live, which come from what is not finite, and what content adds to values."""
     batch, heads, lq, width = x["q"].shape
     groups, lk = x["k"].shape[1:3]
     at = place(spec.causal, x)
@@ -248,15 +281,9 @@ def reference(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> dict[str, 
     if not (q_ok.all() and k_ok.all()):
         bad_k = np.repeat(~np.all(k_ok, -1), heads // groups, axis=1)
         spoiled = spoiled | ~np.all(q_ok, -1)[..., :, None] | bad_k[..., None, :]
-    keep = None
-    if spec.keep_probability is not None:
-        keep = real(x["keep"].astype(np.int64), s) / real(spec.keep_probability, s)
     if spec.normalizer == "sigmoid":
         s = s + real(spec.sigmoid_bias, s)
-        return {"out": _sigmoid.sigmoid_attend(s, live, x["v"], keep=keep, spoiled=spoiled, relative=relative)}
-    sink = x.get("sink")
-    out, lse = softmax_attend(s, live, x["v"], sink=sink, keep=keep, spoiled=spoiled, relative=relative)
-    return {"out": out, "lse": lse}
+    return s, live, spoiled, relative
 
 
 def lower(spec: SDPA, x: Mapping[str, Any], state: Any = None) -> Score:

@@ -15,6 +15,7 @@ from refattn.files import write
 from refattn.golden import generate as generating
 from refattn.golden import load, store, suite
 from refattn.golden.generate import generate
+from refattn.golden.verify import verify
 
 # Writing
 
@@ -156,15 +157,15 @@ def test_publishing_removes_the_files_of_cases_that_are_gone(folder):
 
 
 def test_verify_names_every_difference(folder, monkeypatch):
-    monkeypatch.setattr(suite, "cases", lambda: CASES)
-    assert suite.verify(folder, CASES, 1, lambda case, built: None) == []
+    monkeypatch.setattr(suite, "cases", lambda of="core": CASES)
+    assert verify(folder, CASES, 1, lambda case, built: None) == []
     first, second, third = (case.name for case in CASES)
     manifest = folder / f"{first}.json"
     manifest.write_bytes(manifest.read_bytes()[:-1] + b" ")
     (folder / f"{second}.safetensors").unlink()
     (folder / "stray.json").write_bytes(b"{}")
     (folder / load.INDEX).write_bytes(b"{}")
-    found = {d.file: d.what for d in suite.verify(folder, CASES, 1, lambda case, built: None)}
+    found = {d.file: d.what for d in verify(folder, CASES, 1, lambda case, built: None)}
     assert found.keys() == {f"{first}.json", f"{second}.safetensors", "stray.json", load.INDEX}
     assert found[f"{first}.json"] == f"differs from byte {len(manifest.read_bytes()) - 1} on"
     assert found[f"{second}.safetensors"] == "is missing"

@@ -54,7 +54,7 @@ def test_the_case_comes_back_and_can_be_built_again(chosen):
 
 @pytest.mark.parametrize("name", [NAME, "informer/float64"])
 def test_an_audit_recomputes_them(chosen, name):
-    finding = audit(chosen, name, 256)
+    finding = audit(name, chosen, 256)
     assert finding.wrong == ()
     assert finding.elements == sum(a.size for a in load.load(name, chosen).expected.values())
 

@@ -5,9 +5,21 @@ import dataclasses
 import numpy as np
 import pytest
 
+from refattn.dtypes import format_of, round_to
 from refattn.errors import ShapeError
+from refattn.golden import suite
+from refattn.golden.build import build
 from refattn.golden.load import load
 from refattn.oracle.compare import compare
+
+
+@pytest.fixture(scope="session")
+def eight_bits(tmp_path_factory):
+    """The committed suite's cases in 8 bits, built afresh."""
+    made = {c.name: build(c) for c in suite.cases() if c.name.startswith("float8/")}
+    target = tmp_path_factory.mktemp("eight_bits")
+    suite.publish(target, {name: (b.manifest, b.tensors) for name, b in made.items()})
+    return target
 
 
 @pytest.fixture
@@ -105,3 +117,33 @@ def test_a_wrong_shape_is_an_error_that_names_both_and_the_layout(golden):
         compare(golden, {"out": golden.expected["out"].swapaxes(1, 2)})
     with pytest.raises(ShapeError, match=r"lse has shape \(3,\); expected \(1, 4, 24\)$"):
         compare(golden, {"lse": np.zeros(3)})
+
+
+# One key that all queries see: dv is the sum of dout, which is the largest number everywhere but in one column.
+OVERFLOWS = {"float8_e4m3fn": np.nan, "float8_e5m2": np.inf}
+
+
+@pytest.mark.parametrize("dtype", OVERFLOWS)
+@pytest.mark.parametrize("rule", ["nonsaturate", "saturate"])
+def test_what_lies_beyond_the_largest_number_follows_the_rule_of_the_case(dtype, rule, eight_bits):
+    short = "e4m3" if "e4m3" in dtype else "e5m2"
+    golden = load(f"float8/overflow_{short}_{rule}", eight_bits)
+    largest = format_of(dtype).max_finite
+    beyond = np.abs(golden.expected["dv"]) > 2 * largest
+    assert beyond.any() and not beyond.all()
+    results = exact(golden)
+    results["dv"] = round_to(results["dv"], dtype, rule).astype(np.float64)
+    assert all(c.verdict == "pass" for c in compare(golden, results))
+    other = np.where(beyond, largest if rule == "nonsaturate" else OVERFLOWS[dtype], results["dv"])
+    assert verdict(golden, results | {"dv": other}, "dv").verdict == "fail"
+    flipped = np.where(beyond, -results["dv"], results["dv"])
+    same_after_all = dtype == "float8_e4m3fn" and rule == "nonsaturate"  # a NaN has no sign
+    assert verdict(golden, results | {"dv": flipped}, "dv").verdict == ("pass" if same_after_all else "fail")
+
+
+def test_an_overflow_where_nothing_may_overflow_fails(eight_bits):
+    golden = load("float8/plain_e4m3", eight_bits)
+    for value in (448.0, np.nan, np.inf):
+        results = exact(golden)
+        results["out"][0, 0, 0, 0] = value
+        assert verdict(golden, results, "out").verdict == "fail"

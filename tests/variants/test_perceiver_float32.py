@@ -7,7 +7,8 @@ import pytest
 
 import refattn as ra
 from refattn.golden import inputs as recipes
-from refattn.golden.build import PROFILE_OF, PROFILES, bounds, problem_of
+from refattn.golden.build import bounds, problem_of
+from refattn.profiles import PROFILE_OF, PROFILES
 
 
 def in_float32(case):

@@ -10,6 +10,7 @@ import refattn as ra
 from refattn import api, registry
 from refattn.golden import build
 from refattn.golden import inputs as recipes
+from refattn.profiles import PROFILE_OF, PROFILES
 from refattn.variants._place import place
 
 MODULE = registry.info("rope").module
@@ -26,7 +27,7 @@ def with_turns(case, turn, storage=None):
     at = place(problem.spec.causal, problem.inputs)
     x = {n: a if a.dtype.kind in "biu" else a.astype(np.float64) for n, a in problem.inputs.items()}
     truth = problem.evaluate(np.asarray)
-    limit = build.bounds(problem, {}, (), build.PROFILES[build.PROFILE_OF[case.dtype]])
+    limit = build.bounds(problem, {}, (), PROFILES[PROFILE_OF[case.dtype]])
     for name, places in (("q", at.i[:, 0, :, 0]), ("k", at.j[:, 0, 0, :])):
         rows = x[name]
         stand = np.broadcast_to(places, (len(rows), places.shape[1]))
@@ -111,7 +112,7 @@ def mistakes(rope):
 def wrong(case, rotary):
     """Whether another rotation's out or lse lies outside the bound."""
     problem = build.problem_of(case, recipes.inputs(case))
-    limit = build.bounds(problem, {}, (), build.PROFILES[build.PROFILE_OF[case.dtype]])
+    limit = build.bounds(problem, {}, (), PROFILES[PROFILE_OF[case.dtype]])
     x = {n: a if a.dtype.kind in "biu" else a.astype(np.float64) for n, a in problem.inputs.items()}
     if rotary.width == 0:
         x = {n: a for n, a in x.items() if not n.startswith("rope_")}

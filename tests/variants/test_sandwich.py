@@ -12,6 +12,7 @@ from refattn.errors import SpecError
 from refattn.golden import build
 from refattn.golden import inputs as recipes
 from refattn.plan import execute, row_of
+from refattn.profiles import PROFILE_OF, PROFILES
 from refattn.variants._place import place
 
 CASES = list(registry.info("sandwich").cases())
@@ -187,7 +188,7 @@ def with_bias(case, bias):
     x = {n: a if a.dtype.kind in "biu" else a.astype(np.float64) for n, a in problem.inputs.items()}
     found = api.build(spec, x | {"bias": bias}, "float64", ("out",)).evaluate(np.asarray)
     truth = problem.evaluate(np.asarray)
-    limit = build.bounds(problem, {}, (), build.PROFILES[build.PROFILE_OF[case.dtype]])
+    limit = build.bounds(problem, {}, (), PROFILES[PROFILE_OF[case.dtype]])
     return {n: np.nanmax(np.abs(found[n] - truth[n]) - limit[n]) for n in ("out", "lse")}
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from flint import arb, arb_mat, ctx, fmpq
 from numpy.typing import NDArray
 
+from refattn.engines.certified.enclosure import Enclosure
 from refattn.errors import DTypeError, Undecided
 from refattn.space import Bools, Integers, Value, contraction
 
@@ -27,6 +28,7 @@ _sin_pi = np.frompyfunc(lambda t: arb.sin_pi_fmpq(fmpq(t.numerator, t.denominato
 _cos_pi = np.frompyfunc(lambda t: arb.cos_pi_fmpq(fmpq(t.numerator, t.denominator)), 1, 1)
 _midpoint, _radius, _float = (np.frompyfunc(f, 1, 1) for f in (arb.mid, arb.rad, float))
 _is_finite, _is_exact, _is_nan = (np.frompyfunc(f, 1, 1) for f in (arb.is_finite, arb.is_exact, arb.is_nan))
+_around = np.frompyfunc(lambda r: arb(0, r), 1, 1)
 _ZERO: Any = arb(0)
 _UNBOUNDED: Any = arb(0, float("inf"))
 _EITHER: Any = arb(0.5, 0.5)
@@ -93,6 +95,10 @@ class BallSpace:
         array = np.asarray(value)
         array = array.astype(object) if array.dtype.kind in "iub" else array.astype(np.float64)
         return Balls(_objects(_lift(array)))
+
+    def within(self, found: Enclosure) -> Balls:
+        """Balls that hold what the intervals hold; NaN where these are NaN."""
+        return Balls(_objects(_lift(found.t) + _lift(found.d) + _around(found.r)))
 
     def add(self, a: Balls, b: Balls) -> Balls:
         """Sum."""

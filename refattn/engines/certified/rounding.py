@@ -16,8 +16,8 @@ from refattn.engines.certified.enclosure import Enclosing
 
 Floats = NDArray[np.float64]
 
-ROUNDED, EXACT, ENCLOSED, PROPAGATED = 0, 1, 2, 3
-STATUS = ("correctly_rounded", "exact", "enclosed", "propagated")
+ROUNDED, EXACT, ENCLOSED, PROPAGATED, IDENTITY = 0, 1, 2, 3, 4
+STATUS = ("correctly_rounded", "exact", "enclosed", "propagated", "identity")
 # Below this a radius may have no double worth the name. Such elements, and those that a radius below a step does not
 # settle (ties to 2^-50 of a step, exact doubles), go the slow way, by integers.
 _SMALL = 2.0**-900
@@ -37,7 +37,7 @@ def round_enclosed(found: Enclosing, to_nearest: bool) -> Rounded:
     t, d, r = found.enclosure()
     exact = (d == 0) & (r == 0)
     size = np.abs(np.where(np.isfinite(t), t, 1.0))
-    is_odd = (np.ascontiguousarray(t).view(np.int64) & 1).astype(bool)
+    is_odd = (np.ascontiguousarray(t).view(np.int64) & 1).astype(bool).reshape(np.shape(t))
     with np.errstate(invalid="ignore", over="ignore"):
         neighbour = np.nextafter(t, np.where(d > 0, np.inf, -np.inf))
         # Both steps from an odd double are equal, but beyond the largest there is none.
@@ -49,7 +49,7 @@ def round_enclosed(found: Enclosing, to_nearest: bool) -> Rounded:
     value = np.where(exact | is_odd, t, neighbour)
     status = np.where(exact, EXACT, np.where(decided, ROUNDED, ENCLOSED)).astype(np.uint8)
     status[np.isnan(t)] = PROPAGATED
-    settled = t + 0.0
+    settled = np.array(t + 0.0)
     slow = (status == ENCLOSED) & ((size < _SMALL) | np.isinf(t) | (r < step)) & np.isfinite(r)
     if slow.any():
         ends = found.endpoints(slow)
@@ -60,7 +60,7 @@ def round_enclosed(found: Enclosing, to_nearest: bool) -> Rounded:
         settled[slow] = np.where(agree[:, 1], lower[:, 1], t[slow]) + 0.0
         status[slow] = np.where(same, ROUNDED, ENCLOSED)
     open_ = status == ENCLOSED
-    value = np.where(open_, t, value) + 0.0
+    value = np.array(np.where(open_, t, value) + 0.0)
     value[np.isnan(t)] = np.nan
     width = np.where(open_, np.where(np.isinf(t), np.inf, np.nextafter(reach, np.inf)), 0.0)
     return Rounded(value, settled, status, width)

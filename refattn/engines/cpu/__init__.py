@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from refattn import unread
 from refattn.engines.cpu import adjoint, fast, score, skipping
-from refattn.engines.cpu.blocks import in_a_row, packed, stored
+from refattn.engines.cpu.blocks import in_a_row, on_pages, packed, paged_alone, stored
 from refattn.engines.cpu.operands import Operands, converted, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
@@ -47,7 +47,9 @@ def refuses(problem: Problem) -> str | None:
 def skips(problem: Problem) -> str | None:
     """What of the problem is left out because it is proved not to count, or None."""
     plan = problem.outline or problem.plan
-    return skipping.told(plan) if isinstance(plan, Score) else None
+    if not isinstance(plan, Score):
+        return None
+    return skipping.told(plan, fast.few(plan, plan.q.shape[1] // plan.k.shape[1] * plan.q.shape[2], keys(plan)))
 
 
 def run(problem: Problem) -> Outputs:
@@ -81,7 +83,7 @@ def vjp(
     inputs = {n: tape.variable(real[n].astype(np.float64, copy=False)) for n in wrt if n not in own}
     # Where q, k and v are the plan's own, their cotangents are the gradients.
     taped: Any = unread.plan(problem, inputs)
-    if taped is None or packed(taped):
+    if taped is None or (packed(taped) and not paged_alone(taped)):
         x, own = problem.lift(np.asarray), set()
         inputs = {n: tape.variable(x[n]) for n in wrt}
         lowered: Any = problem.lowered(x | inputs)
@@ -89,7 +91,11 @@ def vjp(
     plan = map_leaves(taped, lambda leaf: getattr(leaf, "value", leaf))
     found = _saved(outputs or {}, plan, kind) or _outputs(plan, plan.q, plan.k, plan.v, kind)
     wanted = {n: leaf for n, leaf in leaves(taped).items() if isinstance(leaf, Variable)}
-    gradients = _gradients(plan, kind, found, cotangents, own | set(wanted))
+    row = in_a_row(plan, plan.k, plan.v) if packed(plan) else plan
+    gradients = _gradients(row, kind, found, cotangents, own | set(wanted))
+    if plan.pages is not None and plan.lengths is not None:
+        pages = plan.k.shape[0], plan.k.shape[2], plan.pages, plan.lengths[1]
+        gradients |= {n: on_pages(*pages, gradients[n]) for n in own & {"k", "v"}}
     pairs = [(leaf, gradients[n].astype(np.float64) if leaf.parents else gradients[n]) for n, leaf in wanted.items()]
     carried = dict(zip(inputs, tape.gradients(pairs, list(inputs.values())), strict=True))
     return Outputs(found | {f"d{n}": gradients[n] if n in own else carried[n] for n in wrt})
@@ -112,11 +118,11 @@ def _outputs(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) 
     few = fast.few(plan, count, k.shape[2])
     if k.dtype != v.dtype or storage_of(k) is None:
         k, v = widened(k), widened(v)
-    q, k, v = converted(q, q.dtype), converted(k, k.dtype), converted(v, v.dtype)
-    # A logit of −∞ that a key's infinity makes would count as masked. Those of an infinity in q are all infinite or
-    # NaN, and their row is one of doubt, unless a cap, a sink or a sigmoid makes numbers of them.
-    if not (few or finite(k)):
-        k, v = rows(widened(k)), widened(v)
+    q = converted(q, q.dtype)
+    if not few:
+        k, v = converted(k, k.dtype), converted(v, v.dtype)
+    # Logits of an infinity in q are all infinite or NaN, and their row is one of doubt, unless a cap, a sink or a
+    # sigmoid makes numbers of them.
     doubted = plan.sink is plan.softcap is None and plan.normalizer == "softmax"
     if not (few or doubted or finite(q)):
         q = rows(q)
@@ -143,10 +149,10 @@ def _packed(plan: Score, q: Any, k: Any, v: Any, kind: type[np.floating[Any]]) -
     if not fast.takes(plan) or not fast.few(plan, q.shape[1] // k.shape[1] * q.shape[2], keys(plan)):
         row = in_a_row(plan, k, v)
         return _outputs(row, q, row.k, row.v, kind)
-    numbers = widened(q), k, v
+    numbers = k, v
     if k.dtype != v.dtype or stored(k) is None:
-        numbers = widened(q), widened(k), widened(v)
-    out, lse, redo = fast.run(plan, *(converted(a, a.dtype) for a in numbers))
+        numbers = widened(k), widened(v)
+    out, lse, redo = fast.run(plan, converted(widened(q), np.float32), *numbers)
     if redo.any():
         row = in_a_row(plan, k, v)
         again = _outputs(row, q, row.k, row.v, kind)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn.engines.cpu import fast
+from refattn.engines.cpu import fast, sparing
 from refattn.engines.cpu.backward import Given, Gradients, by_pair, kernel, total
 from refattn.engines.cpu.forward import shape_for
 from refattn.engines.cpu.operands import rank4
@@ -112,8 +112,11 @@ def _of_tiles(
     shape = shape_for(heads // groups, lq)
     own = _given(plan, given, shares, step)
     known = norms(x, shape.width, shape.storage)
+    allowed = sparing.allowed(x, known, own, shape, by_share=not any(sums))
+    if allowed is None:
+        return None
     work, sizes = given.lse.size * lk * (3 * depth + 2 * width), (shape.rows, depth, width, shape.storage)
-    arguments = x, known, own, gradients
+    arguments = x, known, allowed, own, gradients
     together(kernel(shape), lambda: (*arguments, scratch(*sizes), _bent(shape.rows), counter), doubt.size, work)
     if doubt.any():
         return None

@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refattn.engines.cpu import bounds, gradients, logits, sight, skipping, tiles, tuples, vectors, work
-from refattn.engines.cpu._jit import bare, inner, stamp
 from refattn.engines.cpu.forward import Shape
 from refattn.engines.cpu.gradients import bend_back, deltas, multiply, outer, times, turn_back
 from refattn.engines.cpu.logits import biased, scores
 from refattn.engines.cpu.sight import NOTHING, see
-from refattn.engines.cpu.skipping import Norms, gone, hold
+from refattn.engines.cpu.skipping import Allowed, Norms, book, gone, recall
 from refattn.engines.cpu.tiles import products, turn
 from refattn.engines.cpu.tuples import lent
 from refattn.engines.cpu.vectors import take
 from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, Rows, Tile, ends_of, lay, locate, pack, tiles_of
+from refattn.jit import bare, inner, stamp
 
 
 class Given(NamedTuple):
@@ -223,7 +223,7 @@ def total(parts: Array, start: int, stop: int) -> None:
 
 
 @cache
-def kernel(shape: Shape) -> Callable[[Arrays, Norms, Given, Gradients, Tile, Array, Array], int]:
+def kernel(shape: Shape) -> Callable[[Arrays, Norms, Allowed, Given, Gradients, Tile, Array, Array], int]:
     """The compiled pass for a tile shape; the array of one number is the next task, which threads share."""
     ROWS = shape.rows
     LITERAL = shape.literal
@@ -231,9 +231,17 @@ def kernel(shape: Shape) -> Callable[[Arrays, Norms, Given, Gradients, Tile, Arr
 
     @bare
     def backward(
-        x: Arrays, known: Norms, given: Given, found: Gradients, tile: Tile, slope: Array, counter: Array
+        x: Arrays,
+        known: Norms,
+        allowed: Allowed,
+        given: Given,
+        found: Gradients,
+        tile: Tile,
+        slope: Array,
+        counter: Array,
     ) -> int:
-        x, known, given, found, tile = lent(x), lent(known), lent(given), lent(found), lent(tile)
+        x, known, allowed = lent(x), lent(known), lent(allowed)
+        given, found, tile = lent(given), lent(found), lent(tile)
         batch, heads, groups, lq, lk, depth, width = x.sizes
         each = tiles_of(heads // groups, lq, ROWS)
         rows, step = heads // groups * lq * depth, given.shares * given.step
@@ -251,18 +259,18 @@ def kernel(shape: Shape) -> Callable[[Arrays, Norms, Given, Gradients, Tile, Arr
                     ends = ends_of(x, tile, at)
                     if ends.least > ends.greatest:
                         continue
-                    entered, falls = False, known.on and at.apart and x.slopes[at.h] > 0
+                    entered, falls = False, allowed.on and at.apart and x.slopes[at.h] > 0
+                    if falls:
+                        recall(tile, allowed, at, share)
                     for n in range(first, stop):
                         count = min(KEYS, x.k_length[at.b] - n * KEYS)
                         kinds = see(LITERAL, x, tile.bias, at, ends, n, count)
-                        if kinds != NOTHING:
+                        if kinds != NOTHING and not (falls and gone(LITERAL, x, tile, known, at, n)):
                             if not entered:
                                 entered, sure = True, enter(LITERAL, x, given, tile, at) and sure
-                                if falls:
-                                    hold(LITERAL, x, tile, known, at)
-                            if falls and gone(LITERAL, x, tile, known, at, n):
-                                continue
                             pair(LITERAL, x, given, found, tile, slope, at, n * KEYS, count, kinds, share)
+                    if falls:
+                        book(tile, allowed, at, share)
                 for n in range(first, stop):
                     key, count = head * lk + n * KEYS, min(KEYS, lk - n * KEYS)
                     sure = sure and finite(found.k[key * depth : (key + count) * depth])

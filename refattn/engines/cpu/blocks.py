@@ -8,18 +8,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn.engines.cpu._jit import inner
 from refattn.engines.cpu.operands import Array
 from refattn.engines.cpu.storage import storage_of
 from refattn.engines.cpu.vectors import INT8
 from refattn.engines.cpu.work import KEYS
+from refattn.jit import inner
 from refattn.plan import Score, keys
 
 
 class Blocks(NamedTuple):
     """Key j of sequence b and key head g is slot j mod S of block table[b, j div S], of (N,Hkv,S,D).
 
-    table (B,M) int64; keys in a row are one block for each sequence. size: S. k_scale, v_scale: float32, flat, none for
+    table (B,M) int64; keys in a row are one block for each sequence. size: S. left (B·Hkv,tiles) bool: tiles of keys
+    that need not be read, (B·Hkv,0) for none. k_scale, v_scale: float32, flat, none for
     what is no integer; k_steps, v_steps (3,) int64: what one step in block, head and slot adds to an index of theirs.
     """
 
@@ -29,14 +30,13 @@ class Blocks(NamedTuple):
     k_steps: Array
     v_scale: Array
     v_steps: Array
+    left: Array
 
 
-def blocks(plan: Score) -> Blocks:
-    """Of a plan's k and v."""
-    table, size = plan.pages, int(plan.k.shape[2])
-    if table is None:
-        table = np.arange(plan.q.shape[0])[:, None]
-    return Blocks(np.array(table, np.int64), size, *_flat(plan.k_scale), *_flat(plan.v_scale))
+def blocks(plan: Score, size: int) -> Blocks:
+    """Of a plan whose k and v have so many slots in a block, or in a row: at least as many as keys."""
+    table = np.arange(plan.q.shape[0])[:, None] if plan.pages is None else plan.pages
+    return Blocks(np.array(table, np.int64), size, *_flat(plan.k_scale), *_flat(plan.v_scale), _NONE)
 
 
 def _flat(scale: Any) -> tuple[Array, Array]:
@@ -48,6 +48,9 @@ def _flat(scale: Any) -> tuple[Array, Array]:
     return np.array(once, np.float32, order="C").reshape(-1), steps.astype(np.int64)
 
 
+_NONE = np.zeros((1, 0), np.bool_)
+
+
 def stored(array: Array) -> int | None:
     """As `storage_of`, of integers of 8 bits too, which `decode` alone reads."""
     return INT8 if array.dtype == np.int8 else storage_of(array)
@@ -56,6 +59,11 @@ def stored(array: Array) -> int | None:
 def packed(plan: Score) -> bool:
     """Whether keys or values stand in blocks or are integers."""
     return not (plan.pages is plan.k_scale is plan.v_scale is None)
+
+
+def paged_alone(plan: Score) -> bool:
+    """Whether keys and values stand in blocks and are no integers."""
+    return plan.pages is not None and plan.k_scale is plan.v_scale is None
 
 
 def in_a_row(plan: Score, k: Array, v: Array) -> Score:
@@ -89,6 +97,18 @@ def _gathered(plan: Score, kept: Array) -> Array:
     table = np.where(np.arange(plan.pages.shape[1]) * size < plan.lengths[1][:, None], plan.pages, 0)
     block, slot = (table[:, place // size], place % size) if lk else (np.zeros((len(table), 0), np.int64), place)
     found: Array = kept[block[:, None], np.arange(groups)[:, None], slot]
+    return found
+
+
+def on_pages(blocks: int, size: int, table: Array, lengths: Array, gradient: Array) -> Array:
+    """Cotangent (N,Hkv,S,D) of N blocks from that of keys or values in a row (B,Hkv,M·S,D).
+
+    A block that several sequences share has the sum of theirs.
+    """
+    found = np.zeros((blocks, gradient.shape[1], size, gradient.shape[3]), gradient.dtype)
+    for names, length, row in zip(table, lengths.tolist(), gradient, strict=True):
+        for m in range(-(-length // size)):
+            found[names[m]] += row[:, m * size : (m + 1) * size]
     return found
 
 
@@ -126,10 +146,10 @@ def scales(to: Array, numbers: Array, steps: Array, x: Blocks, b: int, g: int, j
         m, slot = (j + n) // x.size, (j + n) % x.size
         first = x.table[b, m] * steps[0] + g * steps[1] + slot * steps[2]
         run = min(count - n, x.size - slot)
+        own, some = to[n : n + run], numbers[first:]
         if steps[2] == 1:
             for i in range(run):
-                to[n + i] = numbers[first + i]
+                own[i] = some[i]
         else:
-            for i in range(run):
-                to[n + i] = numbers[first]
+            own[:] = some[0]
         n += run

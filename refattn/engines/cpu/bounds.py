@@ -104,6 +104,55 @@ def afford(
 
 
 @inline
+def charge(x: Lanes, price: Any, dout: Any, width: Any, longest: Any, delta: Any) -> None:
+    """Price = 1 / (|dout| longest + |δ|), of doutᵀ; ∞ where that is 0, and 0 where it is out of range or NaN."""
+    size, zero, one = x.spread(longest), x.spread(0.0), x.spread(1.0)
+    # More than squares lose that are too small for float32.
+    sums, parts = x.variables([x.spread(1e-30)] * x.vectors), x.variables([zero] * x.vectors)
+    with x.each(width) as d:
+        for place, part, a in zip(sums, parts, x.loads(x.at(dout, (d, x.row))), strict=True):
+            x.b.store(x.fma(a, a, x.b.load(place)), place)
+            x.b.store(x.b.fadd(x.magnitude(a), x.b.load(part)), part)
+    found = []
+    for place, part, d in zip(sums, parts, x.loads(delta), strict=True):
+        cost = x.b.fmul(x.call("sqrt", x.b.load(place)), size)
+        cost = x.b.select(x.b.fcmp_ordered("==", x.b.load(part), zero), zero, cost)
+        cost = x.b.fadd(cost, x.magnitude(d))
+        fits = x.b.and_(x.b.fcmp_ordered(">", cost, x.spread(1e-30)), x.b.fcmp_ordered("<", cost, x.spread(1e30)))
+        inverse = x.b.select(fits, x.b.fdiv(one, cost), zero)
+        found.append(x.b.select(x.b.fcmp_ordered("==", cost, zero), x.spread(INFINITY), inverse))
+    x.stores(found, price)
+
+
+@inline
+def weigh_bound(x: Lanes, p: Any, ds: Any, count: Any, delta: Any, price: Any, mass: Any, total: Any) -> None:
+    """ds[n] = price (2 |ds[n] + p[n] δ| + |p[n] δ| + |ds[n]|); mass += Σ p[n], total += Σ ds[n]."""
+    means, by = x.loads(delta), x.loads(price)
+    masses, totals = x.variables(x.loads(mass)), x.variables(x.loads(total))
+    with x.each(count) as n:
+        row, other, found = x.at(p, (n, x.row)), x.at(ds, (n, x.row)), []
+        for a, b, d, f, m, t in zip(x.loads(row), x.loads(other), means, by, masses, totals, strict=True):
+            mean = x.b.fmul(a, d)
+            twice = x.b.fmul(x.spread(2.0), x.magnitude(x.b.fadd(b, mean)))
+            g = x.b.fmul(f, x.b.fadd(twice, x.b.fadd(x.magnitude(mean), x.magnitude(b))))
+            x.b.store(x.b.fadd(x.b.load(m), a), m)
+            x.b.store(x.b.fadd(x.b.load(t), g), t)
+            found.append(g)
+        x.stores(found, other)
+    x.stores([x.b.load(place) for place in masses], mass)
+    x.stores([x.b.load(place) for place in totals], total)
+
+
+@inline
+def magnitudes(x: Lanes, to: Any, source: Any, count: Any) -> None:
+    """`count` numbers without their sign, contiguous."""
+    for at, width in x.pieces(count):
+        kind = ir.VectorType(I32, width)
+        a = x.load(x.at(source, (at, 4)), kind)
+        x.store(x.b.and_(a, kind([0x7FFFFFFF] * width)), x.at(to, (at, 4)))
+
+
+@inline
 def squares(x: Lanes, to: Any, k: Any, centre: Any, count: Any, depth: Any) -> None:
     """The greatest |k − centre|² of `count` keys, or what is there if that is greater; NaN is the greatest of all."""
     wide, single = x.variables([x.spread(0.0), ir.VectorType(F32, 1)([0.0])])

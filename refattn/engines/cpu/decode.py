@@ -20,18 +20,20 @@ import numpy as np
 
 from refattn.engines.cpu import blocks, columns, lines, shares, sight, tiles, tuples, vectors, work
 from refattn.engines.cpu import dots as products
-from refattn.engines.cpu._jit import bare, inner, lanes, stamp
 from refattn.engines.cpu.blocks import Blocks, located, scales
+from refattn.engines.cpu.cached import Norms
 from refattn.engines.cpu.columns import LEAST, scaled, valued, weights
 from refattn.engines.cpu.dots import blend, dots
-from refattn.engines.cpu.lines import PARTS
+from refattn.engines.cpu.lines import PARTS, UNIT
 from refattn.engines.cpu.pool import together
+from refattn.engines.cpu.remote import left_out
 from refattn.engines.cpu.shares import TILES, Parts, Scratch, begin, bias, in_lines, merge, scratch, share_of, veil
 from refattn.engines.cpu.sight import NOTHING, between, masked
 from refattn.engines.cpu.tiles import bend
 from refattn.engines.cpu.tuples import lent
 from refattn.engines.cpu.vectors import FLOAT32, take
 from refattn.engines.cpu.work import KEYS, Array, Arrays, Ends, Results, Rows
+from refattn.jit import bare, inner, lanes, stamp
 
 MOST = 16  # of a key head at most; with few keys fewer, as was measured: 4 always, 8 from 128 keys on
 _ALWAYS = 4
@@ -44,23 +46,35 @@ def suits(rows: int, lk: int) -> bool:
     return rows <= MOST and (rows <= _ALWAYS or 2 * rows * rows <= lk)
 
 
-def run(x: Arrays, kept: Blocks, storage: int = FLOAT32, tabled: bool = False) -> tuple[Array, Array, Array]:
-    """Out (B,Hq,Lq,Dv), lse (B,Hq,Lq) and which rows are to be made again; tabled: whether keys stand in pages."""
+def run(
+    x: Arrays, kept: Blocks, storage: int = FLOAT32, tabled: bool = False, norms: Norms | None = None
+) -> tuple[Array, Array, Array]:
+    """Out (B,Hq,Lq,Dv), lse (B,Hq,Lq) and which rows are to be made again; tabled: whether keys stand in pages.
+
+    Where norms are known, keys that are proved not to count are not read.
+    """
+    if norms is not None:
+        kept = kept._replace(left=left_out(x, norms, lambda *stretch: _pass(x, kept, storage, tabled, *stretch)))
+    share = share_of(x.sizes[0] * x.sizes[2], x.sizes[4])
+    return _pass(x, kept, storage, tabled, np.arange(0, x.sizes[4], share)[None], share)
+
+
+def _pass(x: Arrays, kept: Blocks, storage: int, tabled: bool, starts: Array, share: int) -> tuple[Array, Array, Array]:
+    """As `run`, of the keys of some shares: `starts` (1 or B, shares) tells where they begin."""
     batch, heads, groups, lq, lk, depth, width = x.sizes
     shape = (batch, heads, lq)
     out, lse, redo = np.empty((*shape, width), np.float32), np.empty(shape, np.float32), np.empty(shape, np.bool_)
     results = Results(out.reshape(-1), lse.reshape(-1), redo.reshape(-1))
-    count, share = heads // groups * lq, share_of(batch * groups, lk)
-    tasks = batch * groups * -(-lk // share)
+    count, tasks = heads // groups * lq, batch * groups * starts.shape[1]
     top, total = (np.empty((tasks, count), np.float32) for _ in range(2))
     o = np.empty((tasks, count, in_lines(width, storage)), np.float32)
-    parts = Parts(top, total, o, np.zeros(batch * groups, np.int64))
+    parts = Parts(top, total, o, np.zeros(batch * groups, np.int64), starts)
     counter = np.zeros(1, np.int64)
     together(
         kernel(lanes(), storage, tabled),
         lambda: (x, kept, results, parts, scratch(count, in_lines(depth, storage)), share, counter),
         tasks,
-        lse.size * lk * (depth + width),
+        lse.size * min(lk, share * starts.shape[1]) * (depth + width),
     )
     return out, lse, redo
 
@@ -68,6 +82,7 @@ def run(x: Arrays, kept: Blocks, storage: int = FLOAT32, tabled: bool = False) -
 @cache
 def kernel(lane: int, storage: int, tabled: bool = False) -> Callable[..., int]:
     """The compiled pass for vectors of so many lanes and a storage; threads share the counter of one number."""
+    ONE = UNIT[storage]
     SHAPE, LANES, LINES = tabled << 27 | storage << 24 | lane << 16 | KEYS // lane << 8, lane, PARTS[storage]
     VERSION = stamp(blocks, columns, lines, products, shares, sight, tiles, tuples, vectors, work)
 
@@ -76,13 +91,14 @@ def kernel(lane: int, storage: int, tabled: bool = False) -> Callable[..., int]:
         x: Arrays, kept: Blocks, results: Results, parts: Parts, tile: Scratch, share: int, counter: Array
     ) -> int:
         x, kept, results, parts, tile = lent(x), lent(kept), lent(results), lent(parts), lent(tile)
-        _, heads, groups, lq, lk, _, _ = x.sizes
-        each, rows = -(-lk // share), parts.top.shape[1]
+        _, heads, groups, lq, _, _, _ = x.sizes
+        each, rows = parts.starts.shape[1], parts.top.shape[1]
         while True:
             task = take(counter.ctypes.data)
             if task >= parts.top.shape[0]:
                 break
-            b, g, first = task // (groups * each), task // each % groups, task % each * share
+            b, g = task // (groups * each), task // each % groups
+            first = parts.starts[b % parts.starts.shape[0], task % each]
             h = g * (heads // groups)
             at = Rows(b, g, h, 0, (b * heads + h) * lq, rows, rows == lq)
             ends = begin(x, tile, at, LANES, LINES)
@@ -98,7 +114,7 @@ def kernel(lane: int, storage: int, tabled: bool = False) -> Callable[..., int]:
                     total += tile.sums[r, n]
                 parts.total[task, r] = total
             if take(parts.ends.ctypes.data + 8 * (b * groups + g)) == each - 1:
-                merge(x, results, parts, at, each, LANES, LINES)
+                merge(x, results, parts, at, each, LANES, LINES, ONE)
         return VERSION
 
     return decode
@@ -128,6 +144,8 @@ def attend(
     for j in range(first, stop, KEYS):
         n, count, here = j // KEYS, min(KEYS, stop - j), s + used * 4 * KEYS * at.rows
         kinds = between(x.span, ends, k_ends[n, 0], k_ends[n, 1], k_parts[n, 0], k_parts[n, 1])
+        if kept.left.shape[1] > 0 and kept.left[at.b * x.sizes[2] + at.g, n]:
+            kinds = NOTHING
         if kinds != NOTHING and x.mask_strides.shape[0] > 0:
             kinds = masked(shape, x, tile.bias[0], at, j, count, kinds)
         if kinds != NOTHING:

@@ -18,7 +18,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from refattn.engines.cpu.lines import Reader, kept
+from refattn.engines.cpu.lines import UNIT, Reader, kept
 from refattn.engines.cpu.vectors import F32, I64, Lanes, inline
 
 _KEYS = {1: 1, 2: 1, 4: 2}  # that are met at a time, by rows: few, so that memory is read nearly in order
@@ -113,7 +113,7 @@ def _row(x: Lanes, base: Any, n: Any, size: Any, ahead: Any, start: Any = 0) -> 
 def _dots(
     x: Lanes, rows: int, s: Any, q: Any, stride: Any, k: Any, ahead: Any, count: Any, depth: Any, c: Any
 ) -> None:
-    read, unit = Reader(x), x.spread(c)
+    read, unit = Reader(x), x.b.fmul(x.spread(c), x.spread(UNIT[x.storage]))
     each = min(_KEYS[rows], x.width // rows)
     chains = 4 // rows  # sums of one product, for one alone would wait for each of its additions
     several = max(chains // read.parts, 1)
@@ -167,9 +167,9 @@ def _dots(
 def blend(
     x: Lanes, o: Any, stride: Any, factor: Any, w: Any, rows: Any, v: Any, ahead: Any, count: Any, width: Any
 ) -> None:
-    """o[r] = factor[r] o[r] + Σ_n w[r,n] v[n] for r < rows; o's rows are `stride` bytes apart, v's follow each other.
+    """o[r] = factor[r] o[r] + Σ_n w[r,n] v[n] / `UNIT` for r < rows; o's rows are `stride` bytes apart.
 
-    By two rows, so that their sums and a whole row of v fit the registers and v is read in order.
+    v's follow each other. By two rows, so that their sums and a whole row of v fit the registers, v read in order.
     """
 
     def some(r: Any, size: int, near: Any) -> None:

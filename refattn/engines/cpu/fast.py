@@ -11,13 +11,15 @@ import numpy as np
 
 from refattn.engines.cpu import decode
 from refattn.engines.cpu.blocks import blocks, stored
+from refattn.engines.cpu.cached import buffers
+from refattn.engines.cpu.cached import norms as norms_of
 from refattn.engines.cpu.forward import kernel, shape_for
-from refattn.engines.cpu.operands import stacked
+from refattn.engines.cpu.operands import converted, rows, stacked
 from refattn.engines.cpu.pool import together
 from refattn.engines.cpu.skipping import norms
-from refattn.engines.cpu.storage import bits, storage_of
+from refattn.engines.cpu.storage import bits, storage_of, widened
 from refattn.engines.cpu.tiles import BOTTOM
-from refattn.engines.cpu.vectors import FLOAT32
+from refattn.engines.cpu.vectors import FLOAT32, INT8
 from refattn.engines.cpu.work import KEYS, LOG2E, Array, Arrays, Results, scratch, tiles_of
 from refattn.plan import Dense, Score, Slope, Table, keys
 from refattn.scoring import differences, span, summed
@@ -71,16 +73,27 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
     """Out (B,Hq,Lq,Dv), lse and which rows are to be made again (B,Hq,Lq).
 
     q, k, v are the plan's, C order, q in float32, k and v stored alike in a way that `storage_of` knows; without
-    infinities in q and k, without pages and scales. Where `few` says so they may have all that, in a way that `stored`
-    knows. What is not finite in v reaches all rows of a tile, masked or not: they are to be made again.
+    infinities in q, without pages and scales. Where `few` says so they may have all that, in a way that `stored`
+    knows, and k and v in any order. What is not finite in v reaches all rows of a tile, masked or not: they are to
+    be made again.
     """
+    if few(plan, q.shape[1] // k.shape[1] * q.shape[2], keys(plan)):
+        return _few(plan, q, k, v)
     x = arrays(plan, q, k, v)
+    *found, finite = _tiled(x, storage_of(k) or FLOAT32)
+    if not finite:
+        # A logit of −∞ that a key's infinity makes has counted as masked.
+        *found, _ = _tiled(arrays(plan, q, rows(widened(k)), widened(v)), FLOAT32)
+    out, lse, redo = found
+    return out, lse, redo
+
+
+def _tiled(x: Arrays, storage: int) -> tuple[Array, Array, Array, bool]:
+    """As `run`, of rows that are not few; and whether k is finite."""
     batch, heads, groups, lq, lk, depth, width = x.sizes
-    if few(plan, heads // groups * lq, lk):
-        return decode.run(x, blocks(plan), stored(k) or FLOAT32, plan.pages is not None)
-    storage = storage_of(k) or FLOAT32
-    out, lse = np.empty((batch, heads, lq, width), np.float32), np.empty(q.shape[:3], np.float32)
-    redo, counter = np.empty(q.shape[:3], np.bool_), np.zeros(1, np.int64)
+    size = batch, heads, lq
+    out, lse = np.empty((*size, width), np.float32), np.empty(size, np.float32)
+    redo, counter = np.empty(size, np.bool_), np.zeros(2, np.int64)
     results = Results(out.reshape(-1), lse.reshape(-1), redo.reshape(-1))
     shape = shape_for(heads // groups, lq, storage)
     tasks = batch * groups * tiles_of(heads // groups, lq, shape.rows)
@@ -88,7 +101,19 @@ def run(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]
     sizes = shape.rows, depth, width, shape.storage
     known = norms(x, shape.width, shape.storage)
     together(kernel(shape), lambda: (x, known, results, scratch(*sizes), counter), tasks, work)
-    return out, lse, redo
+    return out, lse, redo, not counter[1]
+
+
+def _few(plan: Score, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """By the decode kernel, from the buffers of a cache where k and v have them."""
+    code, held = stored(k) or FLOAT32, None if plan.pages is not None else buffers(k, v)
+    if held is None:
+        k, v = converted(k, k.dtype), converted(v, v.dtype)
+    else:
+        k, v = (buffer.memory for buffer in held)
+    x = arrays(plan, q, k, v)
+    known = None if held is None or code == INT8 else norms_of(x, held, code)
+    return decode.run(x, blocks(plan, k.shape[2]), code, plan.pages is not None, known)
 
 
 def arrays(plan: Score, q: Array, k: Array, v: Array) -> Arrays:

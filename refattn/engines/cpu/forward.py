@@ -17,11 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from refattn.engines.cpu import bounds, logits, sight, skipping, tiles, tuples, vectors, work
-from refattn.engines.cpu._jit import bare, inner, lanes, stamp
 from refattn.engines.cpu.logits import scores, stored
 from refattn.engines.cpu.sight import NOTHING, POSITIONS, SEGMENTS, reach, see
 from refattn.engines.cpu.skipping import Norms, begin, first_tile, note, skipped
-from refattn.engines.cpu.tiles import accumulate, fetch, fill, scale, squash, turn, weigh
+from refattn.engines.cpu.tiles import accumulate, fetch, fill, scale, sound, squash, turn, weigh
 from refattn.engines.cpu.tuples import lent
 from refattn.engines.cpu.vectors import FLOAT32, take
 from refattn.engines.cpu.work import (
@@ -41,6 +40,7 @@ from refattn.engines.cpu.work import (
     settle,
     tiles_of,
 )
+from refattn.jit import bare, inner, lanes, stamp
 
 
 class Shape(NamedTuple):
@@ -83,7 +83,10 @@ def shape_for(share: int, lq: int, storage: int = FLOAT32) -> Shape:
 
 @cache
 def kernel(shape: Shape) -> Callable[[Arrays, Norms, Results, Tile, Array], int]:
-    """The compiled pass for a tile shape; the array of one number is the next task, which threads share."""
+    """The compiled pass for a tile shape.
+
+    The array holds the next task, which threads share, and 0, which becomes 1 where a number of k is not finite.
+    """
     ROWS, VECTORS = shape.rows, shape.vectors
     LITERAL, STRIP = shape.literal, shape.strip
     VERSION = stamp(bounds, logits, sight, skipping, tiles, tuples, vectors, work)
@@ -98,6 +101,8 @@ def kernel(shape: Shape) -> Callable[[Arrays, Norms, Results, Tile, Array], int]
             if task >= tasks:
                 break
             at = locate(x, ROWS, task)
+            if not examined(LITERAL, x, tile, task, tasks):
+                counter[1] = 1
             ends = opened(LITERAL, x, results, tile, at)
             keys = x.k_length[at.b] if ends.least <= ends.greatest else 0
             begun, turns = False, -(-keys // KEYS)
@@ -144,6 +149,16 @@ def opened(shape: int, x: Arrays, results: Results, tile: Tile, at: Rows) -> End
     pack(x, tile, at, shape >> 16 & 255)
     fill(shape, tile.o.ctypes.data, width, np.float32(0.0))
     return ends_of(x, tile, at)
+
+
+@inner
+def examined(shape: int, x: Arrays, tile: Tile, task: int, tasks: int) -> bool:
+    """Whether k is finite in the task's share of it: where queries are as many as keys, those beside its rows."""
+    each = tasks // (x.sizes[0] * x.sizes[2])
+    part = task // each * each + each - 1 - task % each
+    begin, end = part * x.k.size // tasks, (part + 1) * x.k.size // tasks
+    sound(shape, tile.factor.ctypes.data, np.int64(x.k.ctypes.data) + begin * x.k.itemsize, end - begin)
+    return bool(tile.factor[0] == 0.0)
 
 
 @inner

@@ -66,7 +66,7 @@ def bend_back(x: Lanes, s: Any, slope: Any, count: Any, steep: Any, cap: Any, fa
 
     with x.each(count) as n:
         row = x.at(s, (n, x.row))
-        bent = [x.tanh(x.b.fmul(inner, a)) for a in x.loads(row)]
+        bent = x.tanh([x.b.fmul(inner, a) for a in x.loads(row)])
         x.stores([x.b.fmul(by, x.b.fsub(one, x.b.fmul(t, t))) for t in bent], x.at(slope, (n, x.row)))
         x.stores([x.b.fmul(outer_, t) for t in bent], row)
 

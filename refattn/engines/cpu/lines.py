@@ -3,6 +3,9 @@
 A *line* is what one read takes of a row: a vector of stored numbers that becomes `parts` vectors of float32, part p
 the numbers p, p + parts, ... of the line. What a row is multiplied with or added to is kept in that order, filled up to
 whole lines.
+
+Integers of 8 bits come as 2²⁴ times what they are: a byte at the top of a word is one step, and its sign needs no
+other. What is made of them is brought down in the end.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from refattn.engines.cpu.vectors import BFLOAT16, F16, F32, FLOAT16, FLOAT32, I8
 
 PARTS = (1, 2, 1, 4)  # of a line, by storage
 BYTES = (4, 2, 2, 1)  # of a stored number
+UNIT = (1.0, 1.0, 1.0, 2.0**-24)  # what a part is to be multiplied by
 _STORED = (F32, I16, I16, I8)
 
 
@@ -39,8 +43,15 @@ class Reader:
         if x.storage == BFLOAT16:
             high = x.integers([-65536] * x.width)
             return [b.bitcast(a, x.floats) for a in (b.shl(words, self._bits(16)), b.and_(words, high))]
-        moved = [b.ashr(b.shl(words, self._bits(24 - 8 * n)), self._bits(24)) for n in range(4)]
-        return [b.sitofp(a, x.floats) for a in moved]
+        moved = [b.shl(words, self._bits(24)), self._top(stored, 1), self._top(stored, 2)]
+        return [b.sitofp(a, x.floats) for a in (*moved, b.and_(words, self._bits(-1 << 24)))]
+
+    def _top(self, stored: Any, n: int) -> Any:
+        """Byte n of each word at its top, and zeros below."""
+        wide = ir.VectorType(I32, self.numbers)
+        places = [self.numbers if p % 4 < 3 else p - 3 + n for p in range(self.numbers)]
+        moved = self.x.b.shuffle_vector(stored, ir.Constant(self.kind, None), wide(places))
+        return self.x.b.bitcast(moved, self.x.integers)
 
     def _bits(self, count: int) -> Any:
         return self.x.integers([count] * self.x.width)

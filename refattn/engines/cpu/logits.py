@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from refattn.engines.cpu._jit import inner
 from refattn.engines.cpu.sight import MASKS, POSITIONS, SEGMENTS
 from refattn.engines.cpu.tiles import add, bend, hide, keep, lean, part, products, turn, turn_mask, widen
 from refattn.engines.cpu.work import LOG2E, Array, Arrays, Rows, Tile, gather, gather_mask, lookup
+from refattn.jit import inner
 
 
 @inner

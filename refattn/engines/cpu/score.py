@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu._jit import jit
 from refattn.engines.cpu.operands import Operands
+from refattn.jit import jit
 
 Array = NDArray[Any]
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refattn.engines.cpu._jit import inner, lanes
 from refattn.engines.cpu.columns import LEAST, added, sloped
 from refattn.engines.cpu.lines import PARTS
 from refattn.engines.cpu.sight import MASKS, POSITIONS, SEGMENTS
 from refattn.engines.cpu.tiles import BOTTOM, hide, keep, part
 from refattn.engines.cpu.work import KEYS, LN2, LOG2E, Array, Arrays, Ends, Results, Rows, own
+from refattn.jit import inner, lanes
 
 TILES = 8  # of keys whose weights are made together
 _LEAST = 512  # keys in a share, but for the last
@@ -24,13 +24,14 @@ _TASKS = 128  # shares wanted in all, so that threads end together
 class Parts(NamedTuple):
     """What shares leave: top and total (B·Hkv·shares, R), o (B·Hkv·shares, R, W), W being Dv in whole lines.
 
-    ends (B·Hkv,) int64: how many shares of a key head have ended.
+    ends (B·Hkv,) int64: how many shares of a key head have ended. starts (1 or B, shares) int64: where they begin.
     """
 
     top: Array
     total: Array
     o: Array
     ends: Array
+    starts: Array
 
 
 class Scratch(NamedTuple):
@@ -138,8 +139,10 @@ def veil(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: 
 @inner
 def copy(to: Array, numbers: Array, j: int, count: int) -> None:
     """Numbers j to j + count."""
+    # A slice, for an index that may be negative is no vector's.
+    some = numbers[j : j + count]
     for n in range(count):
-        to[n] = numbers[j + n]
+        to[n] = some[n]
 
 
 @inner
@@ -166,8 +169,8 @@ def bias(shape: int, x: Arrays, tile: Scratch, s: int, at: Rows, j: int, count: 
 
 
 @inner
-def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane: int, lines: int) -> None:
-    """Results of the rows of a key head from the parts of its shares; v's numbers lie in o as in `lines`."""
+def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane: int, lines: int, unit: float) -> None:
+    """Results of the rows of a key head from the parts of its shares, of which o is over `unit` and lies as `lines`."""
     _, _, groups, lq, _, _, width = x.sizes
     first = (at.b * groups + at.g) * shares
     for r in range(at.rows):
@@ -188,7 +191,7 @@ def merge(x: Arrays, results: Results, parts: Parts, at: Rows, shares: int, lane
             # The sum goes into the first share's part, and from there in order to the results.
             o = parts.o[first, r]
             for n in range(shares):
-                factor = np.float32(2.0 ** (float(parts.top[first + n, r]) - float(top)) / total)
+                factor = np.float32(unit * 2.0 ** (float(parts.top[first + n, r]) - float(top)) / total)
                 other = parts.o[first + n, r]
                 for d in range(o.size):
                     o[d] = factor * other[d] + (o[d] if n > 0 else np.float32(0.0))

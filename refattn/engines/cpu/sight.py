@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from refattn.engines.cpu._jit import inner
 from refattn.engines.cpu.tiles import survey
 from refattn.engines.cpu.work import KEYS, Array, Arrays, Ends, Rows
+from refattn.jit import inner
 
 POSITIONS, SEGMENTS, MASKS = 1, 2, 4  # what hides some pairs and not all
 NOTHING = -1

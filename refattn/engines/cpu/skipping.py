@@ -16,8 +16,7 @@ Z is not needed, for both sides are over it. There is one ε for each row: what 
 it. Whatever is rounded here is rounded to the safe side, by `SLACK` or a few hundredths of a bit. A tile with a number
 in it that is not finite is never left out, nor is anything by a row with one.
 
-Gradients have no such share, for their bounds are not told by what has been summed. There a tile goes whose weights, by
-the same b_B and the row's lse, are below what float32 holds.
+Gradients have shares of their own: `sparing`.
 """
 # ruff: noqa: PLR0917  Numba calls kernels by position
 
@@ -33,18 +32,18 @@ import ml_dtypes
 import numpy as np
 
 from refattn.engines.cpu import bounds, tiles, vectors, work
-from refattn.engines.cpu._jit import bare, inner, stamp
 from refattn.engines.cpu.bounds import afford, gauge, lengths, peaks, squares
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.vectors import BFLOAT16, FLOAT16, FLOAT32
 from refattn.engines.cpu.work import KEYS, Array, Arrays, Rows, Tile
-from refattn.plan import Dense, Score, Slope
+from refattn.jit import bare, inner, stamp
+from refattn.plan import Dense, Score, Slope, Table
 
 VARIABLE = "REFATTN_SKIPPING"
 EPSILON = 2.0**-4  # of the published bound
 SHORTEST = 512  # keys: below, the bounds cost more than they spare
 SLACK = 2.0**-10  # relative, of lengths and distances: more than they round for D up to 4096
-_DEEPEST = 4096
+DEEPEST = 4096
 _SAMPLE = 256  # keys that a centre is the mean of
 _COMMON = 10  # scale |q||k| of the example that `told` gives
 OUT, LSE = (np.float32(math.log2(EPSILON * n * 2.0**-24) - 2.0**-4) for n in (7, 4))  # bits, less what is rounded here
@@ -70,6 +69,19 @@ class Norms(NamedTuple):
     tables: Array
 
 
+class Allowed(NamedTuple):
+    """What rows may leave out of a backward pass, flat by row (B,Hq,Lq), as `work.Tile` has it; nothing if not `on`.
+
+    budget: of a key, as if its tile were full of such; spent: of each share of the keys.
+    """
+
+    on: bool
+    norm: Array
+    budget: Array
+    spent: Array
+
+
+NOTHING_ALLOWED = Allowed(False, *[np.zeros(0, np.float32)] * 3)
 _EMPTY = np.zeros((1, 1, 0), np.float32)
 _NONE = Norms(
     False, _EMPTY, np.zeros((1, 1), np.float32), _EMPTY, _EMPTY, _EMPTY, _EMPTY, np.zeros((1, 0), np.int64), np.zeros(0)
@@ -79,29 +91,44 @@ _NONE = Norms(
 def norms(x: Arrays, width: int, storage: int) -> Norms:
     """Of a plan whose bias falls with distance and has no array to be searched; else nothing is left out."""
     batch, heads, groups, lq, lk, depth, size = x.sizes
-    wanted = x.sloping and lq >= KEYS and lk >= SHORTEST and depth <= _DEEPEST
+    wanted = x.sloping and lq >= KEYS and lk >= SHORTEST and depth <= DEEPEST
     if not wanted or x.bias_strides.size or x.sigmoid or not (x.slopes > 0).any() or os.environ.get(VARIABLE) == "0":
         return _NONE
-    count, centre = -(-lk // KEYS), _centre(x, storage)
-    keys, largest = np.empty((batch, groups, count), np.float32), np.empty((batch, groups, size), np.int32)
+    centre = _centre(x, storage)
+    keys, scales, absent = _measured(x, centre, width, storage)
+    tables = np.nan_to_num(x.table.max(1, initial=-np.inf), nan=np.inf, neginf=-(2.0**100)) if x.table.size else 0.0
+    return Norms(
+        on=True,
+        centre=centre,
+        slack=(DEEPEST * 2.0**-23 * np.linalg.norm(centre, axis=-1)).astype(np.float32),
+        keys=keys,
+        before=np.maximum.accumulate(keys, axis=2),
+        scales=scales,
+        absent=absent,
+        most=np.maximum.accumulate(x.k_ends[..., 1], axis=1),
+        tables=np.zeros(heads) + tables,
+    )
+
+
+def longest(x: Arrays, width: int, storage: int) -> tuple[Array, Array, Array]:
+    """The greatest |v| of each key head (B,Hkv), ∞ where one is not finite; `scales` and `absent` of k (B,Hkv,D)."""
+    batch, heads, groups, lq, lk, depth, size = x.sizes
+    turned = x._replace(sizes=(batch, heads, groups, lq, lk, size, depth), k=x.v, v=x.k)
+    lengths, scales, absent = _measured(turned, np.zeros((batch, groups, size), np.float32), width, storage)
+    return lengths.max(2), scales, absent
+
+
+def _measured(x: Arrays, centre: Array, width: int, storage: int) -> tuple[Array, Array, Array]:
+    """`keys`, `scales` and `absent` of `Norms`."""
+    batch, _, groups, _, lk, depth, size = x.sizes
+    keys, largest = np.empty((batch, groups, -(-lk // KEYS)), np.float32), np.empty((batch, groups, size), np.int32)
     measure = _measure(width << 16 | 1 << 8 | 1 | storage << 24)
     spread(measure, (x, centre, keys, largest), batch * groups, keys.size * KEYS * (depth + size))
     peak = largest.view(np.float32)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         scales = np.where(np.isfinite(peak) & (peak > 0), (1 - SLACK) / peak, np.float32(0)).astype(np.float32)
     scales[~np.isfinite(scales)] = 0.0
-    tables = np.nan_to_num(x.table.max(1, initial=-np.inf), nan=np.inf, neginf=-(2.0**100)) if x.table.size else 0.0
-    return Norms(
-        on=True,
-        centre=centre,
-        slack=(_DEEPEST * 2.0**-23 * np.linalg.norm(centre, axis=-1)).astype(np.float32),
-        keys=keys,
-        before=np.maximum.accumulate(keys, axis=2),
-        scales=scales,
-        absent=np.where(peak == 0, np.float32(2.0**100), np.float32(0)),
-        most=np.maximum.accumulate(x.k_ends[..., 1], axis=1),
-        tables=np.zeros(heads) + tables,
-    )
+    return keys, scales, np.where(peak == 0, np.float32(2.0**100), np.float32(0))
 
 
 def _centre(x: Arrays, storage: int) -> Array:
@@ -116,8 +143,10 @@ def _centre(x: Arrays, storage: int) -> Array:
     return np.where(np.isfinite(mean), mean, np.float32(0))
 
 
-def told(plan: Score) -> str | None:
+def told(plan: Score, few: bool) -> str | None:
     """For `explain`: where leaving out may begin; None for a plan of which no key is left out.
+
+    `few`: whether `decode` runs it, which leaves out keys of a cache alone, as `remote` says.
 
     In natural units a tile of keys goes once slope · distance > 2 c + ln n + ln 1 / (4 ε u), where c is the greatest
     scale |q||k|; values that nearly cancel, and short heads of a large value, put it off.
@@ -125,15 +154,20 @@ def told(plan: Score) -> str | None:
     slopes = sum((b.slopes for b in plan.bias if isinstance(b, Slope)), np.zeros(plan.q.shape[1]))
     lq, lk = plan.q.shape[2], plan.k.shape[2]
     plain = plan.normalizer == "softmax" and not any(isinstance(b, Dense) for b in plan.bias)
-    if not (plain and (slopes > 0).any() and lk >= SHORTEST and lq >= KEYS):
+    if not (plain and (slopes > 0).any() and lk >= SHORTEST and (few or lq >= KEYS)):
+        return None
+    packed = plan.pages is not None or plan.k_scale is not None
+    if few and (packed or (slopes < 0).any() or any(isinstance(b, Table) for b in plan.bias)):
         return None
     if os.environ.get(VARIABLE) == "0":
         return f"{VARIABLE}=0: no key is left out"
     bits = 2 * _COMMON + math.log(KEYS) - math.log(4 * EPSILON * 2.0**-24)
     first = ", ".join(f"{bits / slope:.0f}" if slope > 0 else "never" for slope in slopes.tolist())
     return (
+        f"{'of k and v that refattn.extend has grown, ' if few else ''}"
         f"keys that together are proved to weigh less than 1/{1 / EPSILON:.0f} of the published bound are left out; "
-        f"where scale |q||k| is at most {_COMMON}, from about these distances on, head by head: {first}"
+        f"where scale |q||k| is at most {_COMMON}, from about these distances on, head by head: {first}; gradients of "
+        f"q, k and v likewise, not under a softcap and not beside those of biases, which leave out weights of 0 alone"
     )
 
 
@@ -200,18 +234,27 @@ def spare(shape: int, tile: Tile, norms: Norms, at: Rows, near: int, far: int, l
 
 
 @inner
-def hold(shape: int, x: Arrays, tile: Tile, norms: Norms, at: Rows) -> None:
-    """For gradients, with lse in tile.top: a weight below 2⁻¹²⁷ is 0 in a kernel, so a tile of them changes no bit."""
-    begin(shape, x, tile, norms, at)
+def recall(tile: Tile, allowed: Allowed, at: Rows, share: int) -> None:
+    """What the rows may leave out of a backward pass, and have left out."""
+    begun = share * allowed.budget.size + at.first
     for r in range(tile.lanes):
-        rounding = (abs(tile.top[r]) + abs(tile.base[r])) * np.float32(2.0**-22)
-        if tile.top[r] < np.inf:
-            tile.budget[r] = tile.top[r] - tile.base[r] - rounding - np.float32(128.0)
+        live = r < at.rows
+        tile.norm[r] = allowed.norm[at.first + r] if live else 0.0
+        tile.budget[r] = allowed.budget[at.first + r] if live else 2.0**100
+        tile.spent[r] = allowed.spent[begun + r] if live else 0.0
+
+
+@inner
+def book(tile: Tile, allowed: Allowed, at: Rows, share: int) -> None:
+    """Remember what the rows have left out, after `recall`."""
+    begun = share * allowed.budget.size + at.first
+    for r in range(at.rows):
+        allowed.spent[begun + r] = tile.spent[r]
 
 
 @inner
 def gone(shape: int, x: Arrays, tile: Tile, norms: Norms, at: Rows, n: int) -> bool:
-    """Whether the n-th tile of keys has weights of 0 alone, after `hold`."""
+    """Whether the n-th tile of keys is left out of a backward pass, after `recall`."""
     near, far = x.k_ends[at.b % x.k_ends.shape[0], n]
     return spare(shape, tile, norms, at, near, far, norms.keys[at.b, at.g, n], 1)
 

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 
 from refattn.engines.cpu import tiles, vectors
-from refattn.engines.cpu._jit import bare, halves, lanes, stamp
 from refattn.engines.cpu.operands import Array
 from refattn.engines.cpu.tiles import narrow, widen
 from refattn.engines.cpu.vectors import BFLOAT16, FLOAT16, FLOAT32
+from refattn.jit import bare, halves, lanes, stamp
 
 _CODES = {np.dtype(np.float32): FLOAT32, np.dtype(ml_dtypes.bfloat16): BFLOAT16, np.dtype(np.float16): FLOAT16}
 

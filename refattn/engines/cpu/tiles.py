@@ -132,7 +132,7 @@ def sweep(x: Lanes, s: Any, count: Any, change: Callable[[Any, list[Any]], list[
 def bend(x: Lanes, s: Any, count: Any, steep: Any, cap: Any) -> None:
     """s[n] = cap tanh(steep s[n])."""
     inner, outer = x.spread(steep), x.spread(cap)
-    sweep(x, s, count, lambda n, row: [x.b.fmul(outer, x.tanh(x.b.fmul(inner, a))) for a in row])
+    sweep(x, s, count, lambda n, row: [x.b.fmul(outer, a) for a in x.tanh([x.b.fmul(inner, a) for a in row])])
 
 
 @inline
@@ -230,6 +230,8 @@ def survey(x: Lanes, found: Any, source: Any, rows: Any, columns: Any, stride: A
     places = x.variables([whole(None), whole([1] * size), single(None), single([1])])
     with x.each(rows) as r:
         row = x.at(source, (r, stride))
+        # The tiles to the right are looked at next, and rows lie too far apart for the processor to guess that.
+        x.ahead(x.at(row, 2 * size))
         with x.each(x.b.sdiv(columns, x.index(size))) as n:
             _join(x, places[:2], x.load(x.at(row, (n, size)), whole))
         rest = x.b.srem(columns, x.index(size))
@@ -277,6 +279,25 @@ def narrow(x: Lanes, to: Any, source: Any, count: Any) -> None:
     """`count` finite float32 to numbers as they are stored, contiguous."""
     for at, width in x.pieces(count):
         x.store(x.narrowed(x.load(x.at(source, (at, 4)), ir.VectorType(F32, width))), x.at(to, (at, 2)))
+
+
+@inline
+def sound(x: Lanes, to: Any, source: Any, count: Any) -> None:
+    """At `to` a float32: 0 where `count` numbers of k, as they are stored, are all finite, else NaN."""
+    zero, none, step = x.spread(0.0), ir.VectorType(F32, 1)(None), 4 * x.width
+    sums, single = x.variables([zero] * 4), x.variables([none])
+    turns = x.b.sdiv(count, x.index(step))
+    with x.each(turns) as n:
+        for m, place in enumerate(sums):
+            a = x.stored(x.at(source, (n, step * x.size), m * x.width * x.size), x.width)
+            x.b.store(x.fma(a, zero, x.b.load(place)), place)
+    begun = x.b.mul(turns, x.index(step))
+    with x.each(x.b.sub(count, begun)) as n:
+        a = x.stored(x.at(source, (begun, x.size), (n, x.size)), 1)
+        x.b.store(x.b.fadd(x.b.fmul(a, none), x.b.load(single[0])), single[0])
+    first, second, third, fourth, rest = (x.b.load(place) for place in (*sums, *single))
+    whole = x.total(x.b.fadd(x.b.fadd(first, second), x.b.fadd(third, fourth)))
+    x.store(x.b.fadd(whole, x.b.extract_element(rest, I32(0))), to)
 
 
 @inline

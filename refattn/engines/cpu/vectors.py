@@ -169,11 +169,24 @@ class Lanes:
         power = b.shl(b.bitcast(shifted, self.integers), self.integers([23] * self.width))
         return b.fmul(self.polynomial((1.0, *EXP2), f), b.bitcast(power, self.floats))
 
-    def tanh(self, x: Any) -> Any:
-        """Tanh x within 4u relative: x + x³ t(x²) to 1, from there 1 − 2 / (e^2|x| + 1); NaN stays NaN."""
-        b, one, square = self.b, self.spread(1.0), self.b.fmul(x, x)
-        near = self.fma(b.fmul(square, x), self.polynomial(TANH, square), x)
-        size = self.magnitude(x)
+    def tanh(self, row: Sequence[Any]) -> list[Any]:
+        """Tanh of vectors within 4u relative: x + x³ t(x²) to 1, from there 1 − 2 / (e^2|x| + 1); NaN stays NaN."""
+        b, most = self.b, None
+        squares = [b.fmul(x, x) for x in row]
+        near = [self.fma(b.fmul(a, x), self.polynomial(TANH, a), x) for a, x in zip(squares, row, strict=True)]
+        found = self.variables(near)
+        for a in squares:
+            most = a if most is None else self.largest(a, most)
+        # Most caps lie far above most logits. A NaN may have hidden a number beyond 1, so it counts as one.
+        far, bits = b.fcmp_unordered(">", most, self.spread(1.0)), ir.IntType(self.width)
+        with b.if_then(b.icmp_unsigned("!=", b.bitcast(far, bits), bits(0))):
+            for place, x, a in zip(found, row, near, strict=True):
+                b.store(self._tanh(x, a), place)
+        return [b.load(place) for place in found]
+
+    def _tanh(self, x: Any, near: Any) -> Any:
+        """Tanh x, which `near` is to 1."""
+        b, one, size = self.b, self.spread(1.0), self.magnitude(x)
         power = self.exp2(
             b.fmul(
                 b.select(b.fcmp_ordered("<", size, self.spread(20.0)), size, self.spread(20.0)), self.spread(TWO_LOG2E)

@@ -12,7 +12,21 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from refattn.engines.cpu import _jit, adjoint, backward, decode, fast, forward, score, skipping, storage
+from refattn import jit
+from refattn.cache import extend
+from refattn.engines.cpu import (
+    adjoint,
+    backward,
+    cached,
+    decode,
+    fast,
+    forward,
+    remote,
+    score,
+    skipping,
+    sparing,
+    storage,
+)
 from refattn.engines.cpu.operands import prepare
 from refattn.engines.cpu.vectors import INT8
 from refattn.plan import Bias, Dense, Score, Slope
@@ -41,7 +55,7 @@ def kernels() -> Iterator[Kernel]:
     """Every kernel that this processor runs: of each storage the tiled ones, of each float type those row by row."""
     falling, long = (Slope(slopes=np.ones(1)),), skipping.SHORTEST
     kinds = [np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16)]
-    lane = _jit.lanes()
+    lane = jit.lanes()
     for kind in kinds:
         code = storage.storage_of(np.zeros(0, kind))
         if code is None:
@@ -59,11 +73,18 @@ def kernels() -> Iterator[Kernel]:
         norms = (skipping._measure(shape.width << 16 | 1 << 8 | 1 | code << 24),)
         yield Kernel(f"norms of keys, {kind}", norms, partial(_run, kind, long, long, falling))
         yield from _decode(kind, code)
+        literal = cached.literal(code)
+        name = f"norms of a cache, {kind}"
+        yield Kernel(name, (cached.of_keys(literal), cached.of_values(literal)), partial(_cached, kind, long))
+    yield Kernel("choice of tiles of a cache", (remote.leave(),), partial(_cached, np.dtype(np.float32), long))
     yield from _decode(np.dtype(np.int8), INT8)
     for lq in (_LONG, 2):
         shape = forward.shape_for(1, lq)
         both: tuple[Any, ...] = (backward.kernel(shape), backward.by_pair(shape))
         yield Kernel(f"backward, {shape.rows} queries a tile", both, partial(_backward, lq))
+    long = sparing.SHORTEST
+    search = (sparing.kernel(forward.shape_for(1, long)),)
+    yield Kernel("search of what gradients leave out", search, partial(_backward, long, long, falling))
     yield Kernel("sum of parts", (backward.total,), _sum)
     for kind, (name, call) in product((np.float32, np.float64), _BY_ROW.items()):
         function = getattr(score, name)
@@ -73,7 +94,7 @@ def kernels() -> Iterator[Kernel]:
 def _decode(kind: np.dtype[Any], code: int) -> Iterator[Kernel]:
     for tabled in (False, True):
         name = f"decode, {kind}{' in pages' if tabled else ''}"
-        yield Kernel(name, (decode.kernel(_jit.lanes(), code, tabled),), partial(_read, kind, tabled))
+        yield Kernel(name, (decode.kernel(jit.lanes(), code, tabled),), partial(_read, kind, tabled))
 
 
 def folder() -> Path | None:
@@ -106,10 +127,17 @@ def _read(kind: np.dtype[Any], tabled: bool) -> None:
     fast.run(plan, plan.q.astype(np.float32), plan.k, plan.v)
 
 
-def _backward(lq: int) -> None:
-    plan = _plan(np.float32, lq, _LONG, (Dense(values=np.zeros((lq, _LONG))),))
+def _cached(kind: np.dtype[Any], lk: int) -> None:
+    plan = _plan(kind, 1, lk, (Slope(slopes=np.ones(1)),))
+    held = extend(plan.k[:, :, :0], plan.k, 2)
+    fast.run(plan, plan.q.astype(np.float32), held, held)
+
+
+def _backward(lq: int, lk: int = _LONG, bias: tuple[Bias, ...] = ()) -> None:
+    plan = _plan(np.float32, lq, lk, bias or (Dense(values=np.zeros((lq, lk))),))
+    wanted = {"q", "k", "v"} if bias else {"q", "k", "v", "bias.0"}
     given = adjoint.Pass(plan.q, plan.k, plan.v, plan.q, plan.q[..., 0].copy(), plan.q, plan.q[..., 0].copy())
-    adjoint.gradients(plan, given, {"q", "k", "v", "bias.0"})
+    adjoint.gradients(plan, given, wanted)
 
 
 def _sum() -> None:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.engines.cpu._jit import inner
 from refattn.engines.cpu.tiles import BOTTOM
+from refattn.jit import inner
 
 Array = NDArray[Any]
 Made = TypeVar("Made")

@@ -1,4 +1,4 @@
-"""How every kernel is compiled: the one place that holds Numba's options."""
+"""How every kernel is compiled: the one place that holds Numba's options, for all engines."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ def jit(function: Kernel) -> Kernel:
     machine code in use.
     """
     return cast("Kernel", _kept(numba.njit(nogil=True, error_model="numpy")(function)))
+
+
+def inlined(function: Kernel) -> Kernel:
+    """What kernels and Python call, never kept on disk.
+
+    Inlined before loops are vectorised: eight double-double exponentials at a time take 30 ns each, one 240 ns.
+    """
+    return cast("Kernel", numba.njit(nogil=True, error_model="numpy", forceinline=True)(function))
 
 
 def bare(function: Kernel) -> Kernel:
