@@ -38,15 +38,16 @@ def run(plan, q, k, v, *, seed=0, ops=sim, wide=False, limit=30.0, splits=0, **t
     if splits:
         out, lse = np.full((*q.shape[:3], v.shape[3]), np.nan, q.dtype), np.full(q.shape[:3], np.nan, np.float32)
         joined = decode.Parts(x.out, x.lse, pointer(out), pointer(lse), splits)
-        simulator.launch(decode.make(ops, form), (lse.size, 1, 1), form.threads, 0, (joined,), seed=seed, limit=limit)
+        made = decode.make(ops, form)
+        simulator.launch(made.run, (lse.size, 1, 1), form.threads, made.words, (joined,), seed=seed, limit=limit)
     return out, lse
 
 
-def gradients(plan, q, k, v, dout, out, lse, dlse, *, seed=0, ops=sim, wide=False, limit=30.0, **tile):
-    """Dq, dk, dv and the sums of a slope, which hold NaN where nothing was written; out and lse of the forward pass."""
+def gradients(plan, q, k, v, given, *, seed=0, ops=sim, wide=False, limit=30.0, **tile):
+    """Dq, dk, dv and the sums of a slope, which hold NaN where nothing was written; given: dout, out, lse, dlse."""
     batch, heads, _, _ = q.shape
-    given = [np.full(a.shape, np.nan, np.float32) for a in (q, k, v, lse)]
-    y = operands.cotangents(plan, dout, out, lse, dlse, *given)
+    found = [np.full(a.shape, np.nan, np.float32) for a in (q, k, v, lse)]
+    y = operands.cotangents(plan, *given, *found)
     y = type(y)(*(pointer(a) if isinstance(a, np.ndarray) else a for a in y))
     for make, kernel in ((backward.make_rows, "rows"), (backward.make_keys, "keys")):
         form = operands.form_of(plan, q.dtype.name, wide)._replace(**SQUARE[q.dtype.name] | tile)
@@ -55,4 +56,4 @@ def gradients(plan, q, k, v, dout, out, lse, dlse, *, seed=0, ops=sim, wide=Fals
         made = make(ops, form)
         tiles = (-(-q.shape[2] // form.rows), heads) if kernel == "rows" else (-(-k.shape[2] // form.keys), k.shape[1])
         simulator.launch(made.run, (*tiles, batch), form.threads, made.words, (x, y), seed=seed, limit=limit)
-    return given
+    return found

@@ -9,7 +9,7 @@ Scores are made in both, so that each number of a gradient is summed by one thre
 A tile that is met has a buffer for each of its two matrices, and one is fetched while the last product uses the other.
 What is not finite in q, k, v or dout must not reach a kernel: 0·NaN is NaN where a pair is hidden.
 """
-# ruff: noqa: PLR0914, PLR0915  a factory holds what its kernel closes over
+# ruff: noqa: PLR0915  a factory holds what its kernel closes over
 
 from __future__ import annotations
 

@@ -103,3 +103,9 @@ def tiled(*, depth: int, width: int, storage: str, **others: bool) -> Form:
     if others.get("split"):
         return Form(depth, width, storage, rows=16, keys=keys, threads=32, **others)
     return Form(depth, width, storage, rows=rows, keys=keys, threads=128, **others)
+
+
+def squared(form: Form, name: str) -> Form:
+    """The form with tiles for the backward kernel "rows" or "keys": those it keeps, and those that it meets."""
+    own, met = 32 if form.storage == "float32" and max(form.depth, form.width) > 64 else 64, 32
+    return form._replace(rows=own, keys=met) if name == "rows" else form._replace(rows=met, keys=own)
