@@ -46,7 +46,7 @@ def run(plan, q, k, v, *, seed=0, ops=sim, wide=False, limit=30.0, splits=0, **t
 def gradients(plan, q, k, v, given, *, seed=0, ops=sim, wide=False, limit=30.0, **tile):
     """Dq, dk, dv and the sums of a slope, which hold NaN where nothing was written; given: dout, out, lse, dlse."""
     batch, heads, _, _ = q.shape
-    found = [np.full(a.shape, np.nan, np.float32) for a in (q, k, v, lse)]
+    found = [np.full(a.shape, np.nan, np.float32) for a in (q, k, v, given[2])]
     y = operands.cotangents(plan, *given, *found)
     y = type(y)(*(pointer(a) if isinstance(a, np.ndarray) else a for a in y))
     for make, kernel in ((backward.make_rows, "rows"), (backward.make_keys, "keys")):

@@ -107,6 +107,30 @@ def test_problems_with_keys_in_parts(name, rng):
     checked(problem, arrays(problem, rng)[0], "float32", splits=2, keys=4, lanes=4)
 
 
+@pytest.mark.parametrize(("splits", "lq"), [(0, 19), (2, 2)])
+@pytest.mark.parametrize("dtype", PROFILE)
+def test_keys_in_blocks(dtype, splits, lq, rng):
+    """The same bits as in a row; blocks out of order, what is not used full of NaN and of nonsense."""
+    spec, sizes = CAUSAL, Sizes(2, 2, 1, lq, 28, 8, 8)
+    x = {n: a.astype(dtype) for n, a in arrays(Problem(spec, sizes), rng)[0].items()}
+    lengths, table = np.array([28, 9]), np.full((2, 7), -(2**40))
+    blocks = {n: np.full((11, 1, 4, 8), np.nan, dtype) for n in "kv"}
+    order = iter(rng.permutation(11))
+    for b, m in ((b, m) for b in range(2) for m in range(-(-lengths[b] // 4))):
+        table[b, m] = next(order)
+        for n in "kv":
+            there = x[n][b, :, 4 * m : min(4 * m + 4, lengths[b])]
+            blocks[n][table[b, m], :, : there.shape[1]] = there
+    plan = api.build(spec, x | {"kv_lengths": lengths}, None, WANT).plan
+    paged = x | blocks | {"block_table": table, "kv_lengths": lengths}
+    paged_plan = api.build(ra.SDPA(causal="bottom_right", paged=True), paged, None, WANT).plan
+    expected = run(plan, x["q"], x["k"], x["v"], splits=splits)
+    found = run(paged_plan, x["q"], blocks["k"], blocks["v"], splits=splits)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.isfinite(found[0].astype(float)).all()
+
+
 @pytest.mark.parametrize("dtype", PROFILE)
 def test_rows_that_are_aligned_are_copied_16_bytes_at_a_time(dtype, rng):
     problem = Problem(CAUSAL, Sizes(1, 2, 1, 19, 35, 16, 8))

@@ -37,7 +37,7 @@ def kinds(name: str, form: Form) -> list[Any]:
     fields |= dict.fromkeys(("lse", "slopes", "sink", "table", "dense", "outs", "lses"), floats)
     fields |= dict.fromkeys(("level", "less", "dq", "dk", "dv", "slope"), floats)
     fields |= {"mask": types.CPointer(types.uint8)}
-    fields |= dict.fromkeys(("heads", "share", "lq", "lk", "columns", "zero", "splits"), _I32)
+    fields |= dict.fromkeys(("heads", "share", "lq", "lk", "columns", "zero", "splits", "page", "entries"), _I32)
     fields |= dict.fromkeys(("q_strides", "k_strides", "v_strides", "dout_strides"), three)
     fields |= dict.fromkeys(("dense_strides", "mask_strides"), four)
     fields |= {"at_strides": types.UniTuple(_I32, 4), "span": types.UniTuple(_I32, 2)}

@@ -50,6 +50,7 @@ FORMS = dict(
         _form("float16", 40, 24, wide=False),
         _form("float32", 128, 128, split=True),
         _form("bfloat16", 128, 128, positions=True, split=True),
+        _form("bfloat16", 128, 128, positions=True, split=True, paged=True),
     ]
 )
 

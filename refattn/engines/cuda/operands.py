@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from refattn.engines.cuda.kernels import decode
 from refattn.engines.cuda.kernels.cotangents import Cotangents
 from refattn.engines.cuda.kernels.form import Arguments, Form, tiled
-from refattn.plan import Dense, Score, Slope, Table
+from refattn.plan import Dense, Score, Slope, Table, keys
 from refattn.scoring import differences, span, summed
 
 Array = NDArray[Any]
@@ -29,13 +29,14 @@ _LARGEST = 1e30  # a few factors below do not overflow
 def refuses(plan: Score) -> str | None:  # noqa: PLR0911  a sentence each
     """What of a plan the kernels have not, as the end of a sentence, or None."""
     others = [("relative", "vectors by relative position"), ("v_table", "values by relative position")]
-    others += [("keep", "dropout"), ("pages", "paged keys"), ("k_scale", "int8 keys"), ("v_scale", "int8 values")]
+    others += [("keep", "dropout"), ("k_scale", "int8 keys"), ("v_scale", "int8 values")]
     for field, what in others:
-        if getattr(plan, field):
+        given = getattr(plan, field)
+        if given is not None and not (isinstance(given, tuple) and not given):
             return what
     if plan.normalizer != "softmax":
         return "sigmoid weights"
-    heads, pairs = (plan.q.shape[3], plan.v.shape[3]), plan.q.shape[2] * plan.k.shape[2]
+    heads, pairs = (plan.q.shape[3], plan.v.shape[3]), plan.q.shape[2] * keys(plan)
     if not 1 <= min(heads) <= max(heads) <= DEEPEST:
         return f"heads of no numbers, or of more than {DEEPEST}"
     if max(plan.q.shape[2] * heads[1], 0 if plan.mask is None and not plan.bias else pairs) >= 1 << 31:
@@ -54,7 +55,7 @@ def refuses(plan: Score) -> str | None:  # noqa: PLR0911  a sentence each
 def splits_of(plan: Score) -> int:
     """Into how many parts `decode` cuts the keys of a plan; 0 where the rows that share a key head are too many."""
     batch, heads, lq, _ = plan.q.shape
-    groups, lk = plan.k.shape[1:3]
+    groups, lk = plan.k.shape[1], keys(plan)
     if heads // groups * lq > decode.MOST or lk < decode.LEAST:
         return 0
     return min(-(-int(lk) // decode.LEAST), -(-decode.BLOCKS // int(batch * groups)))
@@ -76,13 +77,14 @@ def form_of(plan: Score, storage: str, wide: bool, split: bool = False) -> Form:
         dense=any(isinstance(b, Dense) for b in plan.bias),
         softcap=plan.softcap is not None,
         split=split,
+        paged=plan.pages is not None,
     )
 
 
 def arguments(plan: Score, form: Form, q: Any, k: Any, v: Any, out: Any, lse: Any, *, splits: int = 1) -> Arguments:
     """What the kernel of the form is called with; q, k, v, out and lse stand in for the plan's, strides in elements."""
     batch, heads, lq, _ = plan.q.shape
-    groups, lk = plan.k.shape[1:3]
+    groups, lk = plan.k.shape[1], keys(plan)
     q_length, k_length = plan.lengths or (np.full(batch, lq), np.full(batch, lk))
     none = np.zeros((1, 0), np.int64)
     segments = plan.segments or (none, none)
@@ -128,6 +130,9 @@ def arguments(plan: Score, form: Form, q: Any, k: Any, v: Any, out: Any, lse: An
         dense_strides=dense_strides,
         mask_strides=mask_strides,
         splits=splits,
+        pages=np.zeros(0, np.int32) if plan.pages is None else np.array(plan.pages, np.int32, order="C"),
+        page=plan.k.shape[2],
+        entries=0 if plan.pages is None else plan.pages.shape[1],
     )
 
 

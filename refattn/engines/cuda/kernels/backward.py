@@ -45,8 +45,8 @@ def make_rows(ops: Any, form: Form) -> Kernel:
         t = q_tiles - 1 - t
         first, k_length, start = t * rows, ops.read(x.k_length, b), (b * x.heads + h) * x.lq
         q_length = ops.read(x.q_length, b)
-        near_q(ops.past(x.q, b * x.q_strides[0] + h * x.q_strides[1]), x.q_strides, 1, first, q_length)
-        far_q(ops.past(y.dout, b * y.dout_strides[0] + h * y.dout_strides[1]), y.dout_strides, 1, first, q_length)
+        near_q(ops.past(x.q, b * x.q_strides[0] + h * x.q_strides[1]), x.q_strides, 1, x.pages, first, q_length)
+        far_q(ops.past(y.dout, b * y.dout_strides[0] + h * y.dout_strides[1]), y.dout_strides, 1, x.pages, first, q_length)
         k = ops.past(x.k, b * x.k_strides[0] + g * x.k_strides[1])
         v = ops.past(x.v, b * x.v_strides[0] + g * x.v_strides[1])
         s, d, o = ops.local(scores), ops.local(scores), ops.local(outputs)
@@ -62,8 +62,8 @@ def make_rows(ops: Any, form: Form) -> Kernel:
             o[w] = zero
         n = following(x, b, t, 0, k_tiles, q_tiles, k_tiles)
         if n < k_tiles:
-            near_k(k, x.k_strides, 1, n * keys, k_length)
-            far_k(v, x.v_strides, 1, n * keys, k_length)
+            near_k(k, x.k_strides, 1, x.pages, n * keys, k_length)
+            far_k(v, x.v_strides, 1, x.pages, n * keys, k_length)
         ops.commit()
         while n < k_tiles:
             ops.wait(0)
@@ -77,11 +77,11 @@ def make_rows(ops: Any, form: Form) -> Kernel:
             n = following(x, b, t, n + 1, k_tiles, q_tiles, k_tiles)
             ops.barrier()
             if n < k_tiles:
-                far_k(v, x.v_strides, 1, n * keys, k_length)
+                far_k(v, x.v_strides, 1, x.pages, n * keys, k_length)
             accumulate(o, d)
             ops.barrier()
             if n < k_tiles:
-                near_k(k, x.k_strides, 1, n * keys, k_length)
+                near_k(k, x.k_strides, 1, x.pages, n * keys, k_length)
             ops.commit()
         put(y.dq, start, first, x.lq, y.scale, o)
         if slopes:
@@ -114,15 +114,15 @@ def make_keys(ops: Any, form: Form) -> Kernel:
         return u
 
     @ops.device
-    def fetch(fill, p, strides, b, h, first, length):
-        fill(ops.past(p, b * strides[0] + h * strides[1]), strides, 1, first, length)
+    def fetch(fill, x, p, strides, b, h, first, length):
+        fill(ops.past(p, b * strides[0] + h * strides[1]), strides, 1, x.pages, first, length)
 
     def of_keys(x, y):
         n, g, b = ops.block(0), ops.block(1), ops.block(2)
         q_tiles, k_tiles = (x.lq + rows - 1) // rows, (x.lk + keys - 1) // keys
         first, k_length, q_length = n * keys, ops.read(x.k_length, b), ops.read(x.q_length, b)
-        fetch(near_k, x.k, x.k_strides, b, g, first, k_length)
-        fetch(far_k, x.v, x.v_strides, b, g, first, k_length)
+        fetch(near_k, x, x.k, x.k_strides, b, g, first, k_length)
+        fetch(far_k, x, x.v, x.v_strides, b, g, first, k_length)
         s, d, dk, dv = ops.local(scores), ops.local(scores), ops.local(deep), ops.local(wide)
         levels, lesses = ops.local(broad), ops.local(broad)
         places, parts = ops.local_int(tall), ops.local_int(tall)
@@ -134,8 +134,8 @@ def make_keys(ops: Any, form: Form) -> Kernel:
         u, end = following(x, b, n, 0, q_tiles, k_tiles), x.share * q_tiles
         if u < end:
             h, i = g * x.share + u // q_tiles, u % q_tiles * rows
-            fetch(near_q, x.q, x.q_strides, b, h, i, q_length)
-            fetch(far_q, y.dout, y.dout_strides, b, h, i, q_length)
+            fetch(near_q, x, x.q, x.q_strides, b, h, i, q_length)
+            fetch(far_q, x, y.dout, y.dout_strides, b, h, i, q_length)
         ops.commit()
         while u < end:
             h, t = g * x.share + u // q_tiles, u % q_tiles
@@ -155,11 +155,11 @@ def make_keys(ops: Any, form: Form) -> Kernel:
             h, i = g * x.share + u // q_tiles, u % q_tiles * rows
             ops.barrier()
             if u < end:
-                fetch(far_q, y.dout, y.dout_strides, b, h, i, q_length)
+                fetch(far_q, x, y.dout, y.dout_strides, b, h, i, q_length)
             near_accumulate(dk, d)
             ops.barrier()
             if u < end:
-                fetch(near_q, x.q, x.q_strides, b, h, i, q_length)
+                fetch(near_q, x, x.q, x.q_strides, b, h, i, q_length)
             ops.commit()
         start = (b * (x.heads // x.share) + g) * x.lk
         put_k(y.dk, start, first, x.lk, y.scale, dk)

@@ -13,7 +13,7 @@ class Form(NamedTuple):
     depth, width: D and Dv; storage of q, k, v and out: float32, bfloat16 or float16; wide: rows begin at multiples of
     16 bytes. rows, keys: of a tile; threads: of a block, of which `lanes` share the rows of a product in float32.
     positions, segments, mask: whether these hide pairs; slopes, table, dense: which biases there are; softcap.
-    split: whether the keys are cut into parts, which `decode` puts together.
+    split: whether the keys are cut into parts, which `decode` joins; paged: whether they stand in blocks.
     """
 
     depth: int
@@ -32,6 +32,7 @@ class Form(NamedTuple):
     dense: bool = False
     softcap: bool = False
     split: bool = False
+    paged: bool = False
 
     @property
     def placed(self) -> bool:
@@ -51,7 +52,8 @@ class Arguments(NamedTuple):
     unit: the scale times log₂e; cap: the scale over the softcap, and it times log₂e. Times log₂e: slopes (Hq,), sink
     (Hq,), −∞ for none, and table (Hq, n), its column `zero` for the difference 0. dense in float32, mask a byte each,
     with strides of b, h, i, j, 0 where repeated. splits: parts of the keys; of a split form out is (B,Hq,Lq,splits,Dv)
-    float32, lse (B,Hq,Lq,splits).
+    float32, lse (B,Hq,Lq,splits). Of a paged form k and v are blocks of `page` keys, (N,Hkv,page,D), and key j of
+    sequence b stands in block pages[b, j div page], of (B, entries) int32.
     """
 
     q: Any
@@ -88,6 +90,9 @@ class Arguments(NamedTuple):
     dense_strides: Any
     mask_strides: Any
     splits: Any
+    pages: Any
+    page: Any
+    entries: Any
 
 
 def padded(count: int, unit: int) -> int:

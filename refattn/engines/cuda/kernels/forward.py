@@ -44,7 +44,7 @@ def make(ops: Any, form: Form) -> Kernel:
     see, following = sight.make(ops, form)
     pairs = logits.make(ops, form, product)
     place_of, part_of, turn = pairs.place, pairs.part, pairs.turn
-    split, rows, keys, width = form.split, form.rows, form.keys, form.width
+    split, paged, rows, keys, width = form.split, form.paged, form.rows, form.keys, form.width
     scores, outputs = tall * product.broad, tall * wide
     zero, one, bottom, nan = F(0), F(1), F(-np.inf), F(np.nan)
 
@@ -52,14 +52,15 @@ def make(ops: Any, form: Form) -> Kernel:
     def walk(x, t, b, k, v, begin, end, careful, heads, numbers, places, parts, s, o, top, total):
         """All tiles of keys from `begin` to `end` that the rows see."""
         q_tiles, k_tiles, k_length = (x.lq + rows - 1) // rows, (x.lk + keys - 1) // keys, ops.read(x.k_length, b)
+        pages = ops.past(x.pages, b * x.entries)
         n = following(x, b, t, begin, end, q_tiles, k_tiles)
         if n < end:
-            fill_k(k, x.k_strides, 1, n * keys, k_length)
+            fill_k(k, x.k_strides, x.page, pages, n * keys, k_length)
         ops.commit()
         while n < end:
             ops.wait(0)
             ops.barrier()
-            fill_v(v, x.v_strides, 1, n * keys, k_length)
+            fill_v(v, x.v_strides, x.page, pages, n * keys, k_length)
             ops.commit()
             multiply(s)
             some = see(x, b, t, n, q_tiles, k_tiles) != 0
@@ -69,7 +70,7 @@ def make(ops: Any, form: Form) -> Kernel:
             ops.wait(0)
             ops.barrier()
             if n < end:
-                fill_k(k, x.k_strides, 1, n * keys, k_length)
+                fill_k(k, x.k_strides, x.page, pages, n * keys, k_length)
             ops.commit()
             if careful > 0:
                 sweep(careful == SEARCHING)
@@ -129,9 +130,10 @@ def make(ops: Any, form: Form) -> Kernel:
             g, first, length, front = h // x.share, t * rows, q_length, h
             for r in range(tall):
                 heads[r], numbers[r] = h, first + row(r)
-        fill_q(ops.past(x.q, b * x.q_strides[0] + front * x.q_strides[1]), x.q_strides, x.lq, first, length)
-        k = ops.past(x.k, b * x.k_strides[0] + g * x.k_strides[1])
-        v = ops.past(x.v, b * x.v_strides[0] + g * x.v_strides[1])
+        fill_q(ops.past(x.q, b * x.q_strides[0] + front * x.q_strides[1]), x.q_strides, x.lq, x.pages, first, length)
+        sequence = 0 if paged else b
+        k = ops.past(x.k, sequence * x.k_strides[0] + g * x.k_strides[1])
+        v = ops.past(x.v, sequence * x.v_strides[0] + g * x.v_strides[1])
         s, o, top, total = ops.local(scores), ops.local(outputs), ops.local(tall), ops.local(tall)
         for r in range(tall):
             places[r] = place_of(x.q_at, b * x.at_strides[0], numbers[r], x.lq)

@@ -84,9 +84,10 @@ def make(ops: Any, form: Form, base: int | None = None) -> Product:
                 ops.put(v_word + n, kept if finite else one if search else zero)
             n += threads
 
-    fill_q = tiles.make(ops, form, q_word, form.rows, form.depth, stride, grouped=form.split)
-    fill_k = tiles.make(ops, form, k_word, keys, form.depth, stride)
-    fill_v = tiles.make(ops, form, v_word, keys, form.width, v_stride)
+    kept = "paged" if form.paged else "plain"
+    fill_q = tiles.make(ops, form, q_word, form.rows, form.depth, stride, kind="grouped" if form.split else "plain")
+    fill_k = tiles.make(ops, form, k_word, keys, form.depth, stride, kind=kept)
+    fill_v = tiles.make(ops, form, v_word, keys, form.width, v_stride, kind=kept)
     return Product(
         tall=tall,
         broad=broad,

@@ -14,11 +14,12 @@ def places(*sizes: int) -> list[int]:
     return list(accumulate(sizes))
 
 
-def make(ops: Any, form: Form, base: int, rows: int, columns: int, stride: int, *, grouped: bool = False) -> Any:
-    """`fill(p, strides, near, first, length)`: asynchronous copies of `rows` rows from `first` on, 0 from `length` on.
+def make(ops: Any, form: Form, base: int, rows: int, columns: int, stride: int, *, kind: str = "plain") -> Any:
+    """`fill(p, strides, near, pages, first, length)`: asynchronous copies of `rows` rows from `first` on, 0 from `length`.
 
-    p points to row 0, rows lie strides[2] elements apart, `columns` long; grouped, `near` of them belong to one head,
-    and the next ones to the next, strides[1] elements on. In shared memory the first is at word `base`, and
+    p points to row 0, rows lie strides[2] elements apart, `columns` long. Of kind "grouped", `near` of them belong to
+    one head, and the next ones to the next, strides[1] elements on; "paged", to one block, the n-th of which is block
+    pages[n], blocks lying strides[0] elements apart. In shared memory the first is at word `base`, and
     rows lie `stride` words apart and are filled with 0 up to the last 4 of those words, which nobody reads: they make
     rows that are a power of 2 long begin in different banks.
     """
@@ -42,20 +43,27 @@ def make(ops: Any, form: Form, base: int, rows: int, columns: int, stride: int, 
             for n in range(4):
                 ops.copy4(word + n, p, element + n, live and column + n < columns)
 
+    grouped, paged = kind == "grouped", kind == "paged"
+
     @ops.device
     def begins(row, strides, near):
         if grouped:
             return row // near * strides[1] + row % near * strides[2]
-        return row * strides[2]
+        return (row % near if paged else row) * strides[2]
 
     @ops.device
-    def fill(p, strides, near, first, length):
+    def block(p, row, strides, near, pages, length):
+        return ops.past(p, ops.read(pages, row // near) * strides[0]) if paged and row < length else p
+
+    @ops.device
+    def fill(p, strides, near, pages, first, length):
         t = ops.thread()
         r = t >> shift
         while r < rows:
             c, begin = t & rest, begins(first + r, strides, near)
+            source = block(p, first + r, strides, near, pages, length)
             while c < count:
-                copied(base + r * stride + 4 * c, p, begin + chunk * c, chunk * c, first + r < length)
+                copied(base + r * stride + 4 * c, source, begin + chunk * c, chunk * c, first + r < length)
                 c += across
             r += down
 
