@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from refattn.engines.cuda import operands, sim, simulator
-from refattn.engines.cuda.kernels import backward, decode, forward
+from refattn.engines.cuda import memory, operands, sim, simulator
+from refattn.engines.cuda.kernels import backward, decode, forward, recurrent
 
 # Tiles and blocks small enough that a few rows and keys make several of each.
 SMALL = {"float32": {"rows": 8, "keys": 4, "threads": 32, "lanes": 4}}
@@ -57,3 +57,15 @@ def gradients(plan, q, k, v, given, *, seed=0, ops=sim, wide=False, limit=30.0, 
         tiles = (-(-q.shape[2] // form.rows), heads) if kernel == "rows" else (-(-k.shape[2] // form.keys), k.shape[1])
         simulator.launch(made.run, (*tiles, batch), form.threads, made.words, (x, y), seed=seed, limit=limit)
     return found
+
+
+def recur(plan, *, seed=0, ops=sim, limit=30.0):
+    """Out of a Recurrent plan, which holds NaN where nothing was written."""
+    out = np.full((*plan.q.shape[:3], plan.v.shape[3]), np.nan, np.float32)
+    form = memory.form_of(plan)._replace(rows=8, keys=8, threads=32, lanes=4)
+    x = memory.arguments(plan, out)
+    x = type(x)(*(pointer(a) if isinstance(a, np.ndarray) else a for a in x))
+    made = recurrent.make(ops, form)
+    grid = (-(-form.width // form.keys), plan.k.shape[1], len(out))
+    simulator.launch(made.run, grid, form.threads, made.words, (x,), seed=seed, limit=limit)
+    return out

@@ -35,13 +35,14 @@ def kinds(name: str, form: Form) -> list[Any]:
     fields = dict.fromkeys(("q", "k", "v", "out", "dout"), stored)
     fields |= {"out": floats} if form.split and name == "forward" else {}
     fields |= dict.fromkeys(("lse", "slopes", "sink", "table", "dense", "outs", "lses"), floats)
-    fields |= dict.fromkeys(("level", "less", "dq", "dk", "dv", "slope"), floats)
+    fields |= dict.fromkeys(("level", "less", "dq", "dk", "dv", "slope", "memory", "weight", "transition"), floats)
     fields |= {"mask": types.CPointer(types.uint8)}
     fields |= dict.fromkeys(("heads", "share", "lq", "lk", "columns", "zero", "splits", "page", "entries"), _I32)
     fields |= dict.fromkeys(("q_strides", "k_strides", "v_strides", "dout_strides"), three)
     fields |= dict.fromkeys(("dense_strides", "mask_strides"), four)
     fields |= {"at_strides": types.UniTuple(_I32, 4), "span": types.UniTuple(_I32, 2)}
-    fields |= {"cap": types.UniTuple(_F32, 2), "unit": _F32, "scale": _F32}
+    fields |= {"cap": types.UniTuple(_F32, 2), "segment": _I32}
+    fields |= dict.fromkeys(("unit", "scale", "clamp", "add"), _F32)
     return [types.NamedTuple([fields.get(n, ints) for n in t._fields], t) for t in ROLES[name].takes]
 
 

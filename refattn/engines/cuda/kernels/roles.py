@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from refattn.engines.cuda.kernels import backward, decode, forward
+from refattn.engines.cuda.kernels import backward, decode, forward, recurrent
 from refattn.engines.cuda.kernels.cotangents import Cotangents
 from refattn.engines.cuda.kernels.form import Arguments
 
@@ -24,5 +24,6 @@ ROLES = {
     "forward": Role(forward.make, (Arguments,), (1, 1)),
     "combine": Role(decode.make, (decode.Parts,), (0, 0)),
     "rows": Role(backward.make_rows, (Arguments, Cotangents), (2, 1)),
+    "recur": Role(recurrent.make, (recurrent.Recurrence,), (0, 0)),
     "keys": Role(backward.make_keys, (Arguments, Cotangents), (2, 2)),
 }

@@ -32,8 +32,8 @@ def make(ops: Any, form: Form, base: int | None = None) -> Product:
         q_word + n for n in tiles.places(form.rows * stride, keys * stride, values, form.rows * p_stride)
     )
     v_word = v_word if base is None else k_word
-    deep, quarter, v_columns, v_words = padded(form.depth, 4) // 4, keys // 4, v_stride - 4, keys * v_stride
-    scores, four_keys, four_wide, zero, one = tall * broad, 4 * broad, 4 * wide, F(0), F(1)
+    deep, v_columns, v_words = padded(form.depth, 4) // 4, v_stride - 4, keys * v_stride
+    scores, four_keys, zero, one = tall * broad, 4 * broad, F(0), F(1)
 
     @ops.device
     def multiply(s):
@@ -53,25 +53,16 @@ def make(ops: Any, form: Form, base: int | None = None) -> Product:
                     t = q2 * near[4 * c + 2] + t
                     s[r * broad + c] = q3 * near[4 * c + 3] + t
 
+    add = adding(ops, tall, lanes, groups, keys, v_word, v_stride, p_stride)
+
     @ops.device
     def accumulate(o, s):
         across, first = ops.thread() & rest, (ops.thread() >> shift) * tall
-        near = ops.local(four_wide)
         for r in range(tall):
             for c in range(broad):
                 ops.put(p_word + (first + r) * p_stride + across + (c << shift), s[r * broad + c])
         ops.warp_sync()
-        for n in range(quarter):
-            for m in range(wide):
-                word = v_word + (4 * n + m // groups) * v_stride + 4 * across + step * (m % groups)
-                near[4 * m], near[4 * m + 1], near[4 * m + 2], near[4 * m + 3] = ops.get4(word)
-            for r in range(tall):
-                p0, p1, p2, p3 = ops.get4(p_word + (first + r) * p_stride + 4 * n)
-                for w in range(wide):
-                    t = p0 * near[w] + o[r * wide + w]
-                    t = p1 * near[wide + w] + t
-                    t = p2 * near[2 * wide + w] + t
-                    o[r * wide + w] = p3 * near[3 * wide + w] + t
+        add(o, p_word)
 
     @ops.device
     def sweep(search):
@@ -108,3 +99,32 @@ def make(ops: Any, form: Form, base: int | None = None) -> Product:
         leads=ops.device(lambda: ops.thread() & rest == 0),
         store=ops.write,
     )
+
+
+def adding(
+    ops: Any, tall: int, lanes: int, groups: int, keys: int, v_word: int, v_stride: int, p_stride: int
+) -> Any:
+    """`add(o, p_word)`: o += P·V, both in shared memory, P from p_word on, `keys` rows of V from v_word on.
+
+    A thread has `tall` rows, and of each `groups` times 4 columns, 4 times `lanes` apart.
+    """
+    shift, rest, step, wide, quarter = lanes.bit_length() - 1, lanes - 1, 4 * lanes, 4 * groups, keys // 4
+    four_wide = 4 * wide
+
+    @ops.device
+    def add(o, p_word):
+        across, first = ops.thread() & rest, (ops.thread() >> shift) * tall
+        near = ops.local(four_wide)
+        for n in range(quarter):
+            for m in range(wide):
+                word = v_word + (4 * n + m // groups) * v_stride + 4 * across + step * (m % groups)
+                near[4 * m], near[4 * m + 1], near[4 * m + 2], near[4 * m + 3] = ops.get4(word)
+            for r in range(tall):
+                p0, p1, p2, p3 = ops.get4(p_word + (first + r) * p_stride + 4 * n)
+                for w in range(wide):
+                    t = p0 * near[w] + o[r * wide + w]
+                    t = p1 * near[wide + w] + t
+                    t = p2 * near[2 * wide + w] + t
+                    o[r * wide + w] = p3 * near[3 * wide + w] + t
+
+    return add
