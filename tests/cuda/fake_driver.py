@@ -5,9 +5,10 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+from simulating import SMALL, SPLIT
 
 from refattn.engines import cuda
-from refattn.engines.cuda import launch, sim, simulator
+from refattn.engines.cuda import launch, operands, sim, simulator
 from refattn.engines.cuda.kernels.roles import ROLES
 
 BASE = 1 << 20
@@ -129,6 +130,10 @@ def words(name, form):
     return ROLES[name].make(sim, form).words
 
 
+def smaller(form):
+    return form._replace(**SPLIT if form.split else SMALL[form.storage])
+
+
 def kept(name, form):
     FORMS.append((name, form))
     return f".visible .entry form{len(FORMS) - 1}(\n)"
@@ -144,6 +149,8 @@ def install(monkeypatch, driver):
     )
     monkeypatch.setitem(sys.modules, "refattn.engines.cuda.build", built)
     monkeypatch.setattr(cuda, "build", built, raising=False)
+    tiled = operands.tiled
+    monkeypatch.setattr(operands, "tiled", lambda **constants: smaller(tiled(**constants)))
     monkeypatch.setattr(launch, "_driver", lambda: driver)
     monkeypatch.setattr(launch, "_found", lambda name: True)
     launch.loaded.cache_clear()

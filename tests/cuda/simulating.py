@@ -9,6 +9,7 @@ from refattn.engines.cuda.kernels import backward, decode, forward, recurrent
 SMALL = {"float32": {"rows": 8, "keys": 4, "threads": 32, "lanes": 4}}
 SMALL |= {storage: {"rows": 32, "keys": 16, "threads": 64} for storage in ("bfloat16", "float16")}
 
+SPLIT = {"rows": 16, "keys": 16, "threads": 32}
 # Tiles of the backward pass, either side of which is met by the other.
 SQUARE = {"float32": {"rows": 8, "keys": 8, "threads": 32, "lanes": 4}}
 SQUARE |= {storage: {"rows": 32, "keys": 32, "threads": 64} for storage in ("bfloat16", "float16")}
@@ -28,7 +29,7 @@ def run(plan, q, k, v, *, seed=0, ops=sim, wide=False, limit=30.0, splits=0, **t
     parts = (batch, heads, lq, splits) if splits else (batch, heads, lq)
     out = np.full((*parts, v.shape[3]), np.nan, np.float32 if splits else q.dtype)
     lse = np.full(parts, np.nan, np.float32)
-    sizes = {"rows": 16, "keys": 16, "threads": 32} if splits else SMALL[storage]
+    sizes = SPLIT if splits else SMALL[storage]
     form = operands.form_of(plan, storage, wide, split=splits > 0)._replace(**sizes | tile)
     x = operands.arguments(plan, form, q, k, v, out, lse, splits=splits or 1)
     x = type(x)(*(pointer(a) if isinstance(a, np.ndarray) else a for a in x))

@@ -8,7 +8,9 @@ from problems import PROBLEMS, arrays
 
 import refattn as ra
 from refattn.engines import cuda
+from refattn.engines.cuda import arrays as devices
 from refattn.engines.cuda import launch
+from refattn.engines.cuda.kernels.form import tiled
 from refattn.errors import DeviceError, DTypeError, EngineUnavailable, ShapeError, Unsupported
 
 CAUSAL = ra.SDPA(causal="bottom_right")
@@ -99,6 +101,36 @@ def test_rows_of_a_device_that_lie_apart(driver, rng):
     np.testing.assert_allclose(found.numpy(), ra.evaluate(CAUSAL, inputs).out, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int32])
+def test_dlpack_tells_where_an_array_is(dtype):
+    """Of NumPy, which stands for a library whose arrays are on a device."""
+    own = np.arange(2 * 5 * 3 * 4).astype(dtype).reshape(2, 5, 3, 4).swapaxes(1, 2)[:, 1:]
+
+    class Elsewhere:
+        def __dlpack__(self, *, stream):
+            assert stream == 1
+            return own.__dlpack__()
+
+        def __dlpack_device__(self):
+            return 2, 3
+
+    found = devices.take(Elsewhere(), "q")
+    assert (found.shape, found.strides, found.dtype) == (own.shape, own.strides, own.dtype)
+    assert (found.address, found.number, found.nbytes) == (own.ctypes.data, 3, own.nbytes)
+    with pytest.raises(DTypeError, match="its numbers are read there alone"):
+        np.asarray(found)
+
+
+def test_blocks_of_keys_of_a_device(driver, rng):
+    spec = ra.SDPA(causal="bottom_right", paged=True)
+    blocks = {"q": (2, 2, 3, 4), "k": (3, 1, 4, 4), "v": (3, 1, 4, 4)}
+    inputs = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in blocks.items()}
+    others = {"block_table": np.array([[2, 0], [1, -9]]), "kv_lengths": np.array([7, 4])}
+    there = {n: Remote.of(driver, a) for n, a in inputs.items()}
+    found = ra.evaluate(spec, there | others, engine="cuda").out
+    np.testing.assert_allclose(found.numpy(), ra.evaluate(spec, inputs | others).out, atol=2e-6)
+
+
 def test_attention_takes_arrays_of_a_device(driver, rng):
     inputs = given(rng)
     q, k, v = (Remote.of(driver, a) for a in inputs.values())
@@ -164,7 +196,7 @@ def test_a_driver_that_is_missing_or_sees_no_device_is_told(monkeypatch, rng):
     ("options", "match"),
     [
         ({"size": 512}, "CUDA_ERROR_OUT_OF_MEMORY for .* bytes of memory on device 0; free memory"),
-        ({"shared": 32 << 10}, "needs .* bytes of shared memory a block, and device 0 has 32768"),
+        ({"shared": 512}, "needs .* bytes of shared memory a block, and device 0 has 512"),
         ({"major": 7}, "compute capability 7, and the kernels need 8.0"),
     ],
 )
@@ -175,6 +207,13 @@ def test_a_device_that_is_too_small(options, match, monkeypatch, rng):
         ra.evaluate(CAUSAL, given(rng), engine="cuda")
     assert not driver.live
     assert driver.depth == 0
+
+
+def test_more_shared_memory_than_48_kb_is_asked_for(driver):
+    form = tiled(depth=128, width=128, storage="float32", wide=True)
+    kernel = launch.loaded("forward", form, 0)
+    assert driver.granted == {0: 4 * kernel.words}
+    assert 4 * kernel.words > 48 << 10
 
 
 def test_the_engine_is_found_without_its_packages():

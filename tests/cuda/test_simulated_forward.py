@@ -10,7 +10,8 @@ from refattn import api
 from refattn.bound import BoundSpace
 from refattn.dtypes import round_to
 from refattn.engines.cuda import operands
-from refattn.plan import Score
+from refattn.engines.cuda.kernels.form import tiled
+from refattn.plan import Dense, Score
 from refattn.profiles import PROFILES
 
 # Of two warps.
@@ -38,16 +39,23 @@ def checked(problem, inputs, dtype, **options):
         assert (off <= np.where(hidden, 0, bounds[n].e)).all(), (n, off.max())
 
 
-def taken(name):
+def features(name):
+    """What a kernel can tell a problem by; None of one that the engine does not take."""
     problem = PROBLEMS[name]
-    if 0 in problem.sizes or problem.sizes.D == 0:
-        return False
-    inputs, _ = arrays(problem, np.random.default_rng(0))
-    plan = api.build(problem.spec, inputs, None, WANT).plan
-    return isinstance(plan, Score) and operands.refuses(plan) is None
+    if 0 in problem.sizes:
+        return None
+    plan = api.build(problem.spec, arrays(problem, np.random.default_rng(0))[0], None, WANT).plan
+    if not isinstance(plan, Score) or operands.refuses(plan) is not None:
+        return None
+    given = (plan.sink, plan.lengths, plan.segments, plan.mask)
+    each = [a.shape[0] > 1 for a in (*plan.positions, *(plan.segments or ()))]
+    dense = [b.values.shape for b in plan.bias if isinstance(b, Dense)]
+    shapes = problem.sizes, tuple(each), str(dense), plan.mask is not None and plan.mask.shape
+    return operands.form_of(plan, "float32", False), shapes, plan.causal, plan.window, tuple(a is None for a in given)
 
 
-TAKEN = [name for name in PROBLEMS if taken(name)]
+# One of those that are the same to a kernel, whatever term they come from.
+TAKEN = sorted({features(name): name for name in reversed(PROBLEMS) if features(name)}.values())
 
 
 @pytest.mark.parametrize("name", TAKEN)
@@ -107,6 +115,17 @@ def test_problems_with_keys_in_parts(name, rng):
     checked(problem, arrays(problem, rng)[0], "float32", splits=2, keys=4, lanes=4)
 
 
+@pytest.mark.parametrize("splits", [0, 2])
+@pytest.mark.parametrize("dtype", PROFILE)
+def test_tiles_as_a_device_has_them(dtype, splits, rng):
+    """Of the sizes that `tiled` chooses: two tiles of rows, the last with few of them, by two of keys."""
+    problem = Problem(CAUSAL, Sizes(1, 1, 1, 3 if splits else 67, 70, 6, 5))
+    inputs, _ = arrays(problem, rng)
+    chosen = tiled(depth=6, width=5, storage=dtype, wide=False, split=splits > 0)
+    sizes = {n: getattr(chosen, n) for n in ("rows", "keys", "threads", "lanes")}
+    checked(problem, inputs, dtype, splits=splits, **sizes)
+
+
 @pytest.mark.parametrize(("splits", "lq"), [(0, 19), (2, 2)])
 @pytest.mark.parametrize("dtype", PROFILE)
 def test_keys_in_blocks(dtype, splits, lq, rng):
@@ -116,7 +135,7 @@ def test_keys_in_blocks(dtype, splits, lq, rng):
     lengths, table = np.array([28, 9]), np.full((2, 7), -(2**40))
     blocks = {n: np.full((11, 1, 4, 8), np.nan, dtype) for n in "kv"}
     order = iter(rng.permutation(11))
-    for b, m in ((b, m) for b in range(2) for m in range(-(-lengths[b] // 4))):
+    for b, m in [(b, m) for b, length in enumerate(lengths) for m in range(-(-length // 4))]:
         table[b, m] = next(order)
         for n in "kv":
             there = x[n][b, :, 4 * m : min(4 * m + 4, lengths[b])]

@@ -1,4 +1,4 @@
-"""The cuda engine: a problem's Score plan run on an NVIDIA GPU, in float32 or on tensor cores, on arrays in place."""
+"""The cuda engine: a problem's plan run on an NVIDIA GPU, in float32 or on tensor cores, on arrays in place."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn import pullback
-from refattn.engines.cuda import adjoint, arrays, launch, operands
+from refattn.engines.cuda import adjoint, arrays, launch, memory, operands
 from refattn.engines.cuda.arrays import Device
 from refattn.engines.cuda.kernels.decode import Parts
 from refattn.errors import DTypeError, ShapeError
-from refattn.plan import Score
+from refattn.plan import Mix, Plan, Recurrent, Score
 from refattn.problem import Problem
 from refattn.spec import Outputs
 
@@ -26,18 +26,26 @@ def refuses(problem: Problem) -> str | None:
     """A sentence for what the kernels do not compute, or None; whether there is a device, `run` tells."""
     if problem.unplanned is not None:
         return problem.unplanned
-    plan = problem.outline or problem.plan
-    if not isinstance(plan, Score):
-        return f"the cuda engine runs Score plans, and {problem.spec.variant} lowers to {type(plan).__name__}"
     if problem.dtype.name not in operands.STORAGE:
         return f"the cuda engine gives {', '.join(operands.STORAGE)} and not {problem.dtype}"
-    what = operands.refuses(plan)
+    what = _refused(problem.outline or problem.plan)
+    if what is not None:
+        return what
+    others = [output for output in problem.want if output not in ("out", "lse")]
+    return f"the cuda engine gives out and lse, and not {' and not '.join(others)}" if others else None
+
+
+def _refused(plan: Plan) -> str | None:
+    if isinstance(plan, Mix):
+        return next(filter(None, map(_refused, plan.parts)), None)
+    if not isinstance(plan, (Score, Recurrent)):
+        return f"the cuda engine runs Score and Recurrent plans and their Mix, and this is a {type(plan).__name__}"
+    what = operands.refuses(plan) if isinstance(plan, Score) else memory.refuses(plan)
     if what is not None:
         return f"the cuda engine has no kernel for {what}"
     if max(plan.q.shape[:2]) > _BLOCKS:
         return f"the cuda engine takes at most {_BLOCKS} sequences and as many heads"
-    others = [output for output in problem.want if output not in ("out", "lse")]
-    return f"the cuda engine gives out and lse, and not {' and not '.join(others)}" if others else None
+    return None
 
 
 def take(x: Any, name: str) -> Device | None:
@@ -64,7 +72,9 @@ def run(problem: Problem) -> Outputs:
         q, k and v on different devices, of different dtypes, or in strides that the kernels do not read.
     """
     launch.ready()
-    plan = problem.outline or problem.score
+    plan = problem.outline or problem.plan
+    if not isinstance(plan, Score):
+        return Outputs({"out": _positive(_by_parts(plan))})
     q, k, v = (problem.inputs[n] if problem.outline else getattr(plan, n) for n in "qkv")
     there = [isinstance(a, Device) for a in (q, k, v)]
     if any(there):
@@ -123,6 +133,17 @@ def _on_host(plan: Score, q: Any, k: Any, v: Any) -> dict[str, Any]:
     lse = np.full(q.shape[:3], -np.inf, np.float32)
     _launch(plan, q, k, v, out, lse)
     return {"out": _positive(out), "lse": _positive(lse)}
+
+
+def _by_parts(plan: Plan) -> NDArray[Any]:
+    """Out in float32 of a plan whose arrays are those of the host; weights of a Mix are taken there."""
+    if isinstance(plan, Mix):
+        outs = [_by_parts(part) * weight for part, weight in zip(plan.parts, plan.weights, strict=True)]
+        return np.asarray(sum(outs[1:], outs[0]), np.float32)
+    if isinstance(plan, Recurrent):
+        return memory.run(plan)
+    q, k, v = (np.ascontiguousarray(a, np.float32) for a in (plan.q, plan.k, plan.v))
+    return np.asarray(_on_host(plan, q, k, v)["out"])
 
 
 def _in_place(plan: Score, dtype: np.dtype[Any], q: Any, k: Any, v: Any) -> tuple[Device, Device]:

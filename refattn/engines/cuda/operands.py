@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,19 @@ def form_of(plan: Score, storage: str, wide: bool, split: bool = False) -> Form:
 
 def arguments(plan: Score, form: Form, q: Any, k: Any, v: Any, out: Any, lse: Any, *, splits: int = 1) -> Arguments:
     """What the kernel of the form is called with; q, k, v, out and lse stand in for the plan's, strides in elements."""
+    kept = _STILL.setdefault(plan, {})
+    if form not in kept:
+        kept[form] = _still(plan, form)
+    strides = {"q_strides": steps(q), "k_strides": steps(k), "v_strides": steps(v)}
+    return kept[form]._replace(q=q, k=k, v=v, out=out, lse=lse, page=plan.k.shape[2], splits=splits, **strides)
+
+
+_STILL: WeakKeyDictionary[Score, dict[Form, Arguments]] = WeakKeyDictionary()
+_NONE = np.zeros(0, np.float32)
+
+
+def _still(plan: Score, form: Form) -> Arguments:
+    """What depends on neither q, k and v nor how many parts they are taken in, kept for the plan's next call."""
     batch, heads, lq, _ = plan.q.shape
     groups, lk = plan.k.shape[1], keys(plan)
     q_length, k_length = plan.lengths or (np.full(batch, lq), np.full(batch, lk))
@@ -96,11 +110,11 @@ def arguments(plan: Score, form: Form, q: Any, k: Any, v: Any, out: Any, lse: An
     slopes = sum((b.slopes for b in plan.bias if isinstance(b, Slope)), np.zeros(heads))
     cap = (0.0, 0.0) if plan.softcap is None else (plan.scale / plan.softcap, plan.softcap * LOG2E)
     return Arguments(
-        q=q,
-        k=k,
-        v=v,
-        out=out,
-        lse=lse,
+        q=_NONE,
+        k=_NONE,
+        v=_NONE,
+        out=_NONE,
+        lse=_NONE,
         q_at=places[0],
         k_at=places[1],
         q_segment=parts[0],
@@ -118,9 +132,9 @@ def arguments(plan: Score, form: Form, q: Any, k: Any, v: Any, out: Any, lse: An
         share=heads // groups,
         lq=lq,
         lk=lk,
-        q_strides=steps(q),
-        k_strides=steps(k),
-        v_strides=steps(v),
+        q_strides=(0, 0, 0),
+        k_strides=(0, 0, 0),
+        v_strides=(0, 0, 0),
         at_strides=tuple(a.shape[1] if a.shape[0] > 1 else 0 for a in (places[0], parts[0], places[1], parts[1])),
         span=tuple(min(max(end, -4 * _FARTHEST), 4 * _FARTHEST - 1) for end in span(plan)),
         unit=np.float32(plan.scale * LOG2E),
@@ -129,9 +143,9 @@ def arguments(plan: Score, form: Form, q: Any, k: Any, v: Any, out: Any, lse: An
         zero=zero,
         dense_strides=dense_strides,
         mask_strides=mask_strides,
-        splits=splits,
+        splits=1,
         pages=np.zeros(0, np.int32) if plan.pages is None else np.array(plan.pages, np.int32, order="C"),
-        page=plan.k.shape[2],
+        page=1,
         entries=0 if plan.pages is None else plan.pages.shape[1],
     )
 
@@ -173,11 +187,13 @@ def _ends(places: Array, parts: Array, lengths: Array, size: int) -> Array:
     """Least and greatest position and segment of each tile, of what is inside its length, (B, tiles, 4) int32."""
     batch, length = len(lengths), places.shape[1]
     found = np.zeros((batch, -(-length // size), 4), np.int32)
-    for b, n in np.ndindex(found.shape[:2]):
-        inside = slice(n * size, min((n + 1) * size, int(lengths[b])))
-        place, part = places[b % len(places), inside], parts[b % len(parts), inside]
-        found[b, n, :2] = (place.min(), place.max()) if place.size else (1, 0)
-        found[b, n, 2:] = (part.min(), part.max()) if part.size else (0, 0)
+    inside = np.arange(length) < np.asarray(lengths)[:, None]
+    starts = np.arange(0, length, size)
+    for column, given in ((0, places), (2, parts)):
+        if given.size and found.size:
+            low, high = np.where(inside, given, 2 * _FARTHEST), np.where(inside, given, -2 * _FARTHEST)
+            np.minimum.reduceat(low, starts, axis=1, out=found[..., column])
+            np.maximum.reduceat(high, starts, axis=1, out=found[..., column + 1])
     return found
 
 

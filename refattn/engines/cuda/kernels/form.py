@@ -105,9 +105,12 @@ def padded(count: int, unit: int) -> int:
     return -(-count // unit) * unit
 
 
+_BUSY = ("mask", "table", "dense", "softcap")  # take registers of each pair
+
+
 def tiled(*, depth: int, width: int, storage: str, **others: bool) -> Form:
     """A form with its tiles: what its scores and outputs leave of 255 registers is enough, which the gate checks."""
-    busy = any(others.get(name) for name in ("mask", "table", "dense", "softcap"))
+    busy = any(others.get(name) for name in _BUSY)
     deep = storage == "float32" and max(depth, width) > 64
     rows, keys = 32 if busy and deep else 64, 32 if busy or deep else 64
     if others.get("split"):
@@ -117,5 +120,6 @@ def tiled(*, depth: int, width: int, storage: str, **others: bool) -> Form:
 
 def squared(form: Form, name: str) -> Form:
     """The form with tiles for the backward kernel "rows" or "keys": those it keeps, and those that it meets."""
-    own, met = 32 if form.storage == "float32" and max(form.depth, form.width) > 64 else 64, 32
+    deep, busy = max(form.depth, form.width) > 64, any(getattr(form, option) for option in _BUSY)
+    own, met = (32 if deep else 64, 32) if form.storage == "float32" else (64, 16 if deep and busy else 32)
     return form._replace(rows=own, keys=met) if name == "rows" else form._replace(rows=met, keys=own)

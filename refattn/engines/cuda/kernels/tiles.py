@@ -15,7 +15,7 @@ def places(*sizes: int) -> list[int]:
 
 
 def make(ops: Any, form: Form, base: int, rows: int, columns: int, stride: int, *, kind: str = "plain") -> Any:
-    """`fill(p, strides, near, pages, first, length)`: asynchronous copies of `rows` rows from `first` on, 0 from `length`.
+    """`fill(p, strides, near, pages, first, length)`: asynchronous copies of rows from `first` on, 0 from `length` on.
 
     p points to row 0, rows lie strides[2] elements apart, `columns` long. Of kind "grouped", `near` of them belong to
     one head, and the next ones to the next, strides[1] elements on; "paged", to one block, the n-th of which is block
