@@ -12,7 +12,7 @@ from refattn import pullback
 from refattn.engines.cuda import adjoint, arrays, launch, memory, operands
 from refattn.engines.cuda.arrays import Device
 from refattn.engines.cuda.kernels.decode import Parts
-from refattn.errors import DTypeError, ShapeError
+from refattn.errors import DTypeError, ShapeError, Unsupported
 from refattn.plan import Mix, Plan, Recurrent, Score
 from refattn.problem import Problem
 from refattn.spec import Outputs
@@ -95,10 +95,12 @@ def vjp(
     Raises
     ------
     Unsupported
-        Gradients of tables and dense biases, of slopes under a softcap, or where a row sees what is not finite.
+        Another plan than a Score; tables, dense biases, slopes under a softcap; a row that sees what is not finite.
     EngineUnavailable, DeviceError, ShapeError
         As `run`; or out or lse in `outputs` has not the shape this problem gives it.
     """
+    if not isinstance(problem.outline or problem.plan, Score):
+        raise Unsupported(f"the cuda engine has gradients of Score plans, and {problem.spec.variant} has another")
 
     def find(plan: Score, wanted: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         adjoint.check(plan, wanted)

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from refattn.engines.cuda.kernels.form import Form, padded, squared, tiled
+from refattn.engines.cuda.kernels.form import Form, chunked, padded, squared, tiled
 from refattn.engines.cuda.kernels.roles import ROLES
 
 BACKWARD = ("rows", "keys")
@@ -53,6 +53,13 @@ FORMS = dict(
         _form("bfloat16", 128, 128, positions=True, split=True, paged=True),
     ]
 )
+
+MEMORIES = {
+    "64 features": chunked(64, 64, divided=True),
+    "128 features, delta rule": chunked(128, 128, divided=True, delta=True, weighed=True),
+    "512 features, moved": chunked(512, 64, moved=True),
+    "150 features, everything": chunked(150, 33, divided=True, delta=True, weighed=True, moved=True),
+}
 
 
 class Code(NamedTuple):
@@ -109,7 +116,7 @@ def faults(form: Form, code: Code, name: str = "forward") -> list[str]:
     expected = met // 8 * each if form.storage != "float32" else 0
     if spread["HMMA"] != expected:
         found.append(f"{spread['HMMA']} HMMA instead of {expected}")
-    if of_depth and form.wide and not code.instructions["LDGSTS.E.BYPASS.128"]:
+    if name != "combine" and form.wide and not code.instructions["LDGSTS.E.BYPASS.128"]:
         found.append("no asynchronous copies of 16 bytes")
     return found
 
@@ -141,6 +148,7 @@ def main(architectures: tuple[str, ...]) -> int:
     kernels += [(f"joins the parts of {name}", "combine", form) for name, form in FORMS.items() if form.split]
     whole = [(name, form) for name, form in FORMS.items() if not form.split]
     kernels += [(f"backward, {role}: {name}", role, squared(form, role)) for name, form in whole for role in BACKWARD]
+    kernels += [(f"memory of {name}", "recur", form) for name, form in MEMORIES.items()]
     for told, name, form in kernels:
         start = time.perf_counter()
         text = build.compiled(name, form)

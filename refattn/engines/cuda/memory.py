@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn.engines.cuda import launch
-from refattn.engines.cuda.kernels.form import Form
+from refattn.engines.cuda.kernels.form import Form, chunked
 from refattn.engines.cuda.kernels.recurrent import Recurrence
 from refattn.plan import Recurrent
 
@@ -39,23 +39,9 @@ def run(plan: Recurrent) -> NDArray[np.float32]:
 
 
 def form_of(plan: Recurrent) -> Form:
-    """The form of a plan: chunks of 32 rows, of 16 where there are many features."""
-    features = plan.q.shape[3]
-    size, lanes = 32 if features <= 256 else 16, 16 if features <= 64 else 32
-    return Form(
-        depth=features,
-        width=plan.v.shape[3],
-        storage="float32",
-        wide=features % 4 == 0,
-        rows=size,
-        keys=size,
-        threads=128,
-        lanes=lanes,
-        divided=plan.weight is not None,
-        delta=plan.delta,
-        weighed=plan.weighed,
-        moved=plan.transition is not None,
-    )
+    """The form of a plan."""
+    options = {"divided": plan.weight is not None, "moved": plan.transition is not None}
+    return chunked(plan.q.shape[3], plan.v.shape[3], delta=plan.delta, weighed=plan.weighed, **options)
 
 
 def arguments(plan: Recurrent, out: Any) -> Recurrence:

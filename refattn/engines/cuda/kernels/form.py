@@ -123,3 +123,10 @@ def squared(form: Form, name: str) -> Form:
     deep, busy = max(form.depth, form.width) > 64, any(getattr(form, option) for option in _BUSY)
     own, met = (32 if deep else 64, 32) if form.storage == "float32" else (64, 16 if deep and busy else 32)
     return form._replace(rows=own, keys=met) if name == "rows" else form._replace(rows=met, keys=own)
+
+
+def chunked(features: int, width: int, **options: bool) -> Form:
+    """The form of a Recurrent plan: chunks of 32 rows and columns, of 16 where there are many features."""
+    size, lanes = 32 if features <= 256 else 16, 16 if features <= 64 else 32
+    wide = features % 4 == 0
+    return Form(features, width, "float32", wide=wide, rows=size, keys=size, threads=128, lanes=lanes, **options)

@@ -5,7 +5,7 @@ segment reads the memory at its beginning:
 
     out_i = f_i S / (max(f_i·z, clamp) + add),   S' = A S + Σ_j g_j u_jᵀ,   u_j = v_j, or v_j less what g_j reads
 """
-# ruff: noqa: PLR0914, PLR0915, PLR0917  Numba calls kernels by position, and a factory holds what its kernel closes over
+# ruff: noqa: PLR0915, PLR0917  Numba calls kernels by position, and a factory holds what its kernel closes over
 
 from __future__ import annotations
 
