@@ -16,7 +16,7 @@ from refattn.profiles import FLOAT32
 INFINI = {
     "linear": {"segment": 4},
     "delta, clamped": {"segment": 5, "update": "delta", "divisor": "clamp", "epsilon": 0.125},
-    "delta, z once, added": {"segment": 3, "update": "delta", "z_update": "linear_only", "divisor": "add", "epsilon": 0.5},
+    "delta, z once, added": {"segment": 3, "update": "delta", "z_update": "linear_only", "divisor": "add"},
 }
 
 

@@ -144,6 +144,7 @@ def _by_parts(plan: Plan) -> NDArray[Any]:
         return np.asarray(sum(outs[1:], outs[0]), np.float32)
     if isinstance(plan, Recurrent):
         return memory.run(plan)
+    assert isinstance(plan, Score)
     q, k, v = (np.ascontiguousarray(a, np.float32) for a in (plan.q, plan.k, plan.v))
     return np.asarray(_on_host(plan, q, k, v)["out"])
 

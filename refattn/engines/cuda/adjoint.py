@@ -57,7 +57,7 @@ def gradients(plan: Score, given: Pass, wanted: set[str]) -> dict[str, Array]:
     q, k, v = given.q, given.k, given.v
     dq, dk, dv, slope = (np.zeros(a.shape, np.float32) for a in (q, k, v, given.lse))
     if dq.size and dk.size and dv.size:
-        _launch(plan, given, dq, dk, dv, slope)
+        _launch(plan, given, (dq, dk, dv, slope))
     found = {"q": dq, "k": dk, "v": dv}
     if "sink" in wanted:
         found["sink"] = of_sink(plan.sink, given.out, given.lse, given.dout.astype(np.float32), given.dlse)
@@ -65,9 +65,10 @@ def gradients(plan: Score, given: Pass, wanted: set[str]) -> dict[str, Array]:
     return found | {f"bias.{n}": whole for n, b in enumerate(plan.bias) if isinstance(b, Slope)}
 
 
-def _launch(plan: Score, given: Pass, dq: Array, dk: Array, dv: Array, slope: Array) -> None:
+def _launch(plan: Score, given: Pass, found: tuple[Array, ...]) -> None:
+    """Dq, dk, dv and the slopes' sums into these arrays."""
     q, k, v = given.q, given.k, given.v
-    y = operands.cotangents(plan, given.dout, given.out, given.lse, given.dlse, dq, dk, dv, slope)
+    y = operands.cotangents(plan, given.dout, given.out, given.lse, given.dlse, *found)
     wide = all(a.shape[3] * a.dtype.itemsize % 16 == 0 for a in (q, v))
     none = np.zeros(0, q.dtype), np.zeros(0, np.float32)
     with launch.session() as there:
@@ -76,7 +77,7 @@ def _launch(plan: Score, given: Pass, dq: Array, dk: Array, dv: Array, slope: Ar
             x = operands.arguments(plan, form, q, k, v, *none)
             tiles = -(-q.shape[2] // form.rows) if name == "rows" else -(-k.shape[2] // form.keys)
             there.run(name, form, (x, y), (tiles, heads, q.shape[0]), ("dq", "dk", "dv", "slope"))
-        there.fetch(dq, dk, dv, *([slope] if form.slopes else []))
+        there.fetch(*found[: 4 if form.slopes else 3])
 
 
 def _without_unseen(plan: Score, given: Pass) -> Pass:

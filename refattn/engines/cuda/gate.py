@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from refattn.engines.cuda.kernels.form import Form, chunked, padded, squared, tiled
-from refattn.engines.cuda.kernels.roles import ROLES
 
 BACKWARD = ("rows", "keys")
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -110,15 +109,24 @@ def faults(form: Form, code: Code, name: str = "forward") -> list[str]:
     if wide:
         found.append(f"float64: {', '.join(wide)}")
     found += [f"{spread[memory]} {memory}" for memory in ("LDL", "STL") if spread[memory]]
-    of_depth, of_width = ROLES[name].products
-    each = of_depth * padded(form.depth, 16) // 16 + of_width * padded(form.width, 16) // 16
-    met = form.rows if name == "keys" else form.keys
-    expected = met // 8 * each if form.storage != "float32" else 0
+    expected = products(name, form)
     if spread["HMMA"] != expected:
         found.append(f"{spread['HMMA']} HMMA instead of {expected}")
     if name != "combine" and form.wide and not code.instructions["LDGSTS.E.BYPASS.128"]:
         found.append("no asynchronous copies of 16 bytes")
     return found
+
+
+def products(name: str, form: Form) -> int:
+    """The tensor-core instructions, each 16×16 by 16×8, of a warp's 16 rows and one tile that they meet."""
+    if form.storage == "float32" or name == "combine":
+        return 0
+    met, deep, wide = form.rows if name == "keys" else form.keys, padded(form.depth, 16), padded(form.width, 16)
+    if name == "forward":
+        return met * (deep + wide) // 128
+    # Columns beyond those of a gradient are never written, and so not computed.
+    columns = padded(form.depth, 8) + (padded(form.width, 8) if name == "keys" else 0)
+    return met * (deep + wide + columns) // 128
 
 
 def parameters(text: str) -> list[str]:

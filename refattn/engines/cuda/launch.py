@@ -156,8 +156,7 @@ def packed(x: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 _I32, _I64, _F32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_float
-_NUMBERS = ("heads", "share", "lq", "lk", "columns", "zero", "splits", "page", "entries", "segment")
-_NUMBERS += ("at_strides", "span")
+_NUMBERS = "heads share lq lk columns zero splits page entries segment at_strides span".split()
 _KINDS: dict[str, Any] = dict.fromkeys(_NUMBERS, _I32)
 _KINDS |= dict.fromkeys(("q_strides", "k_strides", "v_strides", "dout_strides", "dense_strides", "mask_strides"), _I64)
 _KINDS |= dict.fromkeys(("unit", "cap", "scale", "clamp", "add"), _F32)

@@ -9,6 +9,7 @@ Scores are made in both, so that each number of a gradient is summed by one thre
 A tile that is met has a buffer for each of its two matrices, and one is fetched while the last product uses the other.
 What is not finite in q, k, v or dout must not reach a kernel: 0·NaN is NaN where a pair is hidden.
 """
+# ruff: noqa: PLR0917  Numba calls kernels by position
 # ruff: noqa: PLR0915  a factory holds what its kernel closes over
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def make_rows(ops: Any, form: Form) -> Kernel:
         first, k_length, start = t * rows, ops.read(x.k_length, b), (b * x.heads + h) * x.lq
         q_length = ops.read(x.q_length, b)
         near_q(ops.past(x.q, b * x.q_strides[0] + h * x.q_strides[1]), x.q_strides, 1, x.pages, first, q_length)
-        far_q(ops.past(y.dout, b * y.dout_strides[0] + h * y.dout_strides[1]), y.dout_strides, 1, x.pages, first, q_length)
+        dout = ops.past(y.dout, b * y.dout_strides[0] + h * y.dout_strides[1])
+        far_q(dout, y.dout_strides, 1, x.pages, first, q_length)
         k = ops.past(x.k, b * x.k_strides[0] + g * x.k_strides[1])
         v = ops.past(x.v, b * x.v_strides[0] + g * x.v_strides[1])
         s, d, o = ops.local(scores), ops.local(scores), ops.local(outputs)

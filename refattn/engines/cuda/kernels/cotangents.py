@@ -81,7 +81,7 @@ def make(ops: Any, form: Form, product: Product, turned: bool) -> Pairs:
             places[r], parts[r] = of_own(x, b, first + row(r))
 
     @ops.device
-    def weigh(x, b, h, first, other, some, places, parts, levels, lesses, s, d):
+    def lessen(x, lesses, s, d):
         for c in range(broad):
             for r in range(tall):
                 m = score(r, c)
@@ -89,6 +89,10 @@ def make(ops: Any, form: Form, product: Product, turned: bool) -> Pairs:
                 if softcap:
                     t = tanh(s[m] * x.cap[0])
                     d[m] = d[m] * (one - t * t)
+
+    @ops.device
+    def weigh(x, b, h, first, other, some, places, parts, levels, lesses, s, d):
+        lessen(x, lesses, s, d)
         for c in range(broad):
             far, _ = of_other(x, b, other + key(c))
             for r in range(tall):

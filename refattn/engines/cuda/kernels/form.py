@@ -13,8 +13,8 @@ class Form(NamedTuple):
     depth, width: D and Dv; storage of q, k, v and out: float32, bfloat16 or float16; wide: rows begin at multiples of
     16 bytes. rows, keys: of a tile; threads: of a block, of which `lanes` share the rows of a product in float32.
     positions, segments, mask: whether these hide pairs; slopes, table, dense: which biases there are; softcap.
-    split: whether the keys are cut into parts, which `decode` joins; paged: whether they stand in blocks. Of a Recurrent
-    plan, whether readings are divided, keys written by the delta rule, z written always, the memory moved by a matrix.
+    split: whether the keys are cut into parts, which `decode` joins; paged: whether they stand in blocks. divided, delta,
+    weighed, moved: of a Recurrent plan, whether it has a weight, the delta rule, a weight always written, a transition.
     """
 
     depth: int

@@ -1,7 +1,7 @@
-r"""A Recurrent plan: a memory read and written segment by segment, each in chunks of rows, by one block for its columns.
+r"""A Recurrent plan: a memory is read and written segment by segment, each in chunks of rows.
 
-Sᵀ of the block's columns and z stay in shared memory and the sum of what is written in registers, so that all of a
-segment reads the memory at its beginning:
+A block has some columns of a memory. Sᵀ of them and z stay in shared memory, and the sum of what is written in
+registers, so that all of a segment reads the memory at its beginning:
 
     out_i = f_i S / (max(f_i·z, clamp) + add),   S' = A S + Σ_j g_j u_jᵀ,   u_j = v_j, or v_j less what g_j reads
 """

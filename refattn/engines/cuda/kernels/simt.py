@@ -3,6 +3,7 @@
 `lanes` threads stand beside each other. A thread holds the scores of `tall` rows below each other with keys `lanes`
 apart, and of the same rows groups of four columns of the output. Weights go through shared memory within a warp.
 """
+# ruff: noqa: PLR0917  a product has its sizes
 
 from __future__ import annotations
 
@@ -101,9 +102,7 @@ def make(ops: Any, form: Form, base: int | None = None) -> Product:
     )
 
 
-def adding(
-    ops: Any, tall: int, lanes: int, groups: int, keys: int, v_word: int, v_stride: int, p_stride: int
-) -> Any:
+def adding(ops: Any, tall: int, lanes: int, groups: int, keys: int, v_word: int, v_stride: int, p_stride: int) -> Any:
     """`add(o, p_word)`: o += P·V, both in shared memory, P from p_word on, `keys` rows of V from v_word on.
 
     A thread has `tall` rows, and of each `groups` times 4 columns, 4 times `lanes` apart.

@@ -5,6 +5,7 @@ below it, columns 2 (lane % 4) and the next of every 8. So weights are operands 
 Rows of shared memory are 16 bytes longer than their numbers: the 8 rows that ldmatrix reads at a time lie in different
 banks, for any depth, which no exclusive or of addresses does for one that is not a multiple of 64.
 """
+# ruff: noqa: PLR0915  a factory holds what its kernel closes over
 
 from __future__ import annotations
 
