@@ -332,11 +332,13 @@ def _numpy(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _taken(given: Mapping[str, Any], engine: str) -> dict[str, Any]:
-    """As `_numpy`, but q, k and v where they are if the engine reads them there."""
-    take = getattr(registry.engine(engine), "take", lambda a, name: None)
-    there = {name: take(a, name) for name, a in given.items() if name in ("q", "k", "v") and a is not None}
-    found = {name: a for name, a in there.items() if a is not None}
-    return {name: found[name] if name in found else to_numpy(a, name) for name, a in given.items() if a is not None}
+    """As `_numpy`, but arrays that the engine reads elsewhere are left where they are."""
+    take = getattr(registry.engine(engine), "take", None)
+    if take is None:
+        return _numpy(given)
+    present = {name: a for name, a in given.items() if a is not None}
+    there = {name: take(a, name) for name, a in present.items()}
+    return {name: to_numpy(a, name) if there[name] is None else there[name] for name, a in present.items()}
 
 
 def _given(a: Any, like: Any) -> Any:

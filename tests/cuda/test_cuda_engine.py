@@ -154,6 +154,8 @@ def test_bad_arrays_of_a_device(driver, rng):
     refused(ShapeError, "v is not aligned to its 4-byte numbers", v=moved)
     turned = Remote(driver, v.shape, v.dtype, address=v.address, strides=(112, 112, 4, 28))
     refused(ShapeError, "numbers of a row of v lie 28 bytes apart", v=turned)
+    with pytest.raises(DTypeError, match="sink is on a device, where engine 'cuda' reads q, k and v alone"):
+        ra.evaluate(CAUSAL, there | {"sink": Remote(driver, (2,), np.float32)}, engine="cuda")
     with pytest.raises(DTypeError, match='ask engine="cuda"'):
         ra.evaluate(CAUSAL, there)
     with pytest.raises(Unsupported, match="give them on the host"):

@@ -11,7 +11,7 @@ from refattn.engines.cuda import gate, launch
 from refattn.engines.cuda.gate import FORMS, Code, faults
 from refattn.engines.cuda.kernels.form import Arguments
 
-PLAIN, TENSOR = FORMS["float32 64 64 "], FORMS["bfloat16 128 128 "]
+PLAIN, TENSOR = FORMS["float32 64 64"], FORMS["bfloat16 128 128"]
 GOOD = Counter({"FFMA": 345, "LDGSTS.E.BYPASS.128": 26})
 PTX = {ctypes.c_void_p: "u64", ctypes.c_int64: "u64", ctypes.c_int32: "u32", ctypes.c_float: "f32"}
 

@@ -112,7 +112,7 @@ PARTED = ("sink", "q_lengths", "kv_lengths", "ragged ALiBi", "nothing live, a si
 @pytest.mark.parametrize("name", PARTED)
 def test_problems_with_keys_in_parts(name, rng):
     problem = PROBLEMS[name]
-    checked(problem, arrays(problem, rng)[0], "float32", splits=2, keys=4, lanes=4)
+    checked(problem, arrays(problem, rng)[0], "float32", splits=2, keys=4, lanes=4, threads=64)
 
 
 @pytest.mark.parametrize("splits", [0, 2])

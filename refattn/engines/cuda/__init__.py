@@ -54,9 +54,13 @@ def take(x: Any, name: str) -> Device | None:
     Raises
     ------
     DTypeError
-        It cannot be read in place.
+        It cannot be read in place, as nothing can but q, k and v.
     """
-    return arrays.take(x, name) if arrays.on_device(x) else None
+    if not arrays.on_device(x):
+        return None
+    if name not in ("q", "k", "v"):
+        raise DTypeError(f"{name} is on a device, where engine 'cuda' reads q, k and v alone: move it to the host")
+    return arrays.take(x, name)
 
 
 def run(problem: Problem) -> Outputs:

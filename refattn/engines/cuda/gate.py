@@ -28,8 +28,10 @@ _ALL = dict.fromkeys(("positions", "segments", "mask", "slopes", "table", "dense
 
 
 def _form(storage: str, depth: int, width: int, *, wide: bool = True, **options: bool) -> tuple[str, Form]:
-    told = ", ".join("everything" if options == _ALL else "+".join(options) for options in [options] if options)
-    name = f"{storage} {depth} {width}{'' if wide else ' not aligned'} {told}"
+    told = "+".join(
+        ["everything", *(o for o in options if o not in _ALL)] if options.keys() >= _ALL.keys() else options
+    )
+    name = " ".join(filter(None, (storage, str(depth), str(width), "" if wide else "not aligned", told)))
     return name, tiled(storage=storage, depth=depth, width=width, wide=wide, **options)
 
 
@@ -39,6 +41,7 @@ FORMS = dict(
         _form("float32", 64, 64),
         _form("float32", 128, 128, positions=True),
         _form("float32", 64, 64, positions=True, slopes=True),
+        _form("float32", 64, 64, **_ALL),
         _form("float32", 128, 128, **_ALL),
         _form("float32", 80, 33, wide=False),
         _form("bfloat16", 64, 64, positions=True),
@@ -50,6 +53,8 @@ FORMS = dict(
         _form("float32", 128, 128, split=True),
         _form("bfloat16", 128, 128, positions=True, split=True),
         _form("bfloat16", 128, 128, positions=True, split=True, paged=True),
+        _form("float32", 128, 128, split=True, paged=True, **_ALL),
+        _form("bfloat16", 128, 128, split=True, paged=True, **_ALL),
     ]
 )
 

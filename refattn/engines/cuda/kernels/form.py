@@ -115,7 +115,7 @@ def tiled(*, depth: int, width: int, storage: str, **others: bool) -> Form:
     deep = storage == "float32" and max(depth, width) > 64
     rows, keys = 32 if busy and deep else 64, 32 if busy or deep else 64
     if others.get("split"):
-        return Form(depth, width, storage, rows=16, keys=keys, threads=32, **others)
+        return Form(depth, width, storage, rows=16, keys=keys, threads=64 if busy and deep else 32, **others)
     return Form(depth, width, storage, rows=rows, keys=keys, threads=128, **others)
 
 
