@@ -14,7 +14,7 @@ class Form(NamedTuple):
     16 bytes. rows, keys: of a tile; threads: of a block, of which `lanes` share the rows of a product in float32.
     positions, segments, mask: whether these hide pairs; slopes, table, dense: which biases there are; softcap.
     split: whether the keys are cut into parts, which `decode` joins; paged: whether they stand in blocks.
-    divided, delta, weighed, moved: of a Recurrent plan, whether it has a weight, the delta rule, a weight that is always
+    divided, delta, weighed, moved: of a Recurrent plan, whether it has a weight, the delta rule, a weight always
     written, a transition.
     """
 
