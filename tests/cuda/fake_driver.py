@@ -9,12 +9,11 @@ from simulating import SMALL, SPLIT
 
 from refattn.engines import cuda
 from refattn.engines.cuda import launch, operands, sim, simulator
-from refattn.engines.cuda.kernels import decode, forward
-from refattn.engines.cuda.kernels.form import Arguments
+from refattn.engines.cuda.kernels.roles import ROLES
 
 BASE = 1 << 20
 TUPLES = {"q_strides": 3, "k_strides": 3, "v_strides": 3, "at_strides": 4, "span": 2, "cap": 2}
-TUPLES |= {"dense_strides": 4, "mask_strides": 4}
+TUPLES |= {"dout_strides": 3, "dense_strides": 4, "mask_strides": 4}
 OUT_OF_MEMORY, NO_DEVICE = 2, 100
 
 
@@ -95,23 +94,22 @@ class Driver:
         if size > 48 << 10 and self.granted.get(function, 0) < size:
             return 1, None
         self.streams.append(stream)
-        kernel = forward.make(sim, form).run if name == "forward" else decode.make(sim, form)
-        assert size == 4 * words(name, form)
+        kernel = ROLES[name].make(sim, form)
+        assert size == 4 * kernel.words
         assert threads == form.threads
         x = self.arguments(name, form, values, kinds)
-        simulator.launch(kernel, tuple(grid), threads, size // 4, (x,))
+        simulator.launch(kernel.run, tuple(grid), threads, size // 4, x)
         return (0,)
 
     def arguments(self, name, form, values, kinds):
         """The parameters put together again, pointers as those of the simulator."""
         given, found = list(zip(values, kinds, strict=True)), []
-        types = {"lse": np.float32, "slopes": np.float32, "sink": np.float32, "table": np.float32, "dense": np.float32}
-        types |= {"mask": np.uint8, "outs": np.float32, "lses": np.float32}
+        floats = "lse slopes sink table dense outs lses level less dq dk dv slope memory weight transition".split()
+        types = dict.fromkeys(floats, np.float32) | {"mask": np.uint8}
         stored = np.float32 if form.storage == "float32" else np.uint16
-        types |= dict.fromkeys(("q", "k", "v"), stored)
+        types |= dict.fromkeys(("q", "k", "v", "dout"), stored)
         types |= {"out": np.float32 if form.split and name == "forward" else stored}
-        whole = Arguments if name == "forward" else decode.Parts
-        for field in whole._fields:
+        for field in (field for taken in ROLES[name].takes for field in taken._fields):
             parts = [given.pop(0) for _ in range(TUPLES.get(field, 1))]
             read = [np.float32(v) if kind is ctypes.c_float else v for v, kind in parts]
             if parts[0][1] is ctypes.c_void_p:
@@ -122,14 +120,14 @@ class Driver:
             else:
                 found.append(tuple(read) if field in TUPLES else read[0])
         assert not given
-        return whole(*found)
+        return [taken(*(found.pop(0) for _ in taken._fields)) for taken in ROLES[name].takes]
 
 
 FORMS = []
 
 
 def words(name, form):
-    return forward.make(sim, form).words if name == "forward" else 0
+    return ROLES[name].make(sim, form).words
 
 
 def smaller(form):

@@ -2,14 +2,17 @@
 
 import numpy as np
 
-from refattn.engines.cuda import operands, sim, simulator
-from refattn.engines.cuda.kernels import decode, forward
+from refattn.engines.cuda import memory, operands, sim, simulator
+from refattn.engines.cuda.kernels import backward, decode, forward, recurrent
 
 # Tiles and blocks small enough that a few rows and keys make several of each.
 SMALL = {"float32": {"rows": 8, "keys": 4, "threads": 32, "lanes": 4}}
 SMALL |= {storage: {"rows": 32, "keys": 16, "threads": 64} for storage in ("bfloat16", "float16")}
 
 SPLIT = {"rows": 16, "keys": 16, "threads": 32}
+# Tiles of the backward pass, either side of which is met by the other.
+SQUARE = {"float32": {"rows": 8, "keys": 8, "threads": 32, "lanes": 4}}
+SQUARE |= {storage: {"rows": 32, "keys": 32, "threads": 64} for storage in ("bfloat16", "float16")}
 
 
 def pointer(array):
@@ -36,5 +39,34 @@ def run(plan, q, k, v, *, seed=0, ops=sim, wide=False, limit=30.0, splits=0, **t
     if splits:
         out, lse = np.full((*q.shape[:3], v.shape[3]), np.nan, q.dtype), np.full(q.shape[:3], np.nan, np.float32)
         joined = decode.Parts(x.out, x.lse, pointer(out), pointer(lse), splits)
-        simulator.launch(decode.make(ops, form), (lse.size, 1, 1), form.threads, 0, (joined,), seed=seed, limit=limit)
+        made = decode.make(ops, form)
+        simulator.launch(made.run, (lse.size, 1, 1), form.threads, made.words, (joined,), seed=seed, limit=limit)
     return out, lse
+
+
+def gradients(plan, q, k, v, given, *, seed=0, ops=sim, wide=False, limit=30.0, **tile):
+    """Dq, dk, dv and the sums of a slope, which hold NaN where nothing was written; given: dout, out, lse, dlse."""
+    batch, heads, _, _ = q.shape
+    found = [np.full(a.shape, np.nan, np.float32) for a in (q, k, v, given[2])]
+    y = operands.cotangents(plan, *given, *found)
+    y = type(y)(*(pointer(a) if isinstance(a, np.ndarray) else a for a in y))
+    for make, kernel in ((backward.make_rows, "rows"), (backward.make_keys, "keys")):
+        form = operands.form_of(plan, q.dtype.name, wide)._replace(**SQUARE[q.dtype.name] | tile)
+        x = operands.arguments(plan, form, q, k, v, np.zeros(0, q.dtype), np.zeros(0, np.float32))
+        x = type(x)(*(pointer(a) if isinstance(a, np.ndarray) else a for a in x))
+        made = make(ops, form)
+        tiles = (-(-q.shape[2] // form.rows), heads) if kernel == "rows" else (-(-k.shape[2] // form.keys), k.shape[1])
+        simulator.launch(made.run, (*tiles, batch), form.threads, made.words, (x, y), seed=seed, limit=limit)
+    return found
+
+
+def recur(plan, *, seed=0, ops=sim, limit=30.0):
+    """Out of a Recurrent plan, which holds NaN where nothing was written."""
+    out = np.full((*plan.q.shape[:3], plan.v.shape[3]), np.nan, np.float32)
+    form = memory.form_of(plan)._replace(rows=8, keys=8, threads=32, lanes=4)
+    x = memory.arguments(plan, out)
+    x = type(x)(*(pointer(a) if isinstance(a, np.ndarray) else a for a in x))
+    made = recurrent.make(ops, form)
+    grid = (-(-form.width // form.keys), plan.k.shape[1], len(out))
+    simulator.launch(made.run, grid, form.threads, made.words, (x,), seed=seed, limit=limit)
+    return out

@@ -50,6 +50,6 @@ def test_a_kernel_becomes_the_machine_code_that_its_form_asks():
         assert faults(TENSOR, gate.machine_code(text, architecture)) == []
     # What the launcher packs is what the kernel's parameters are.
     numbers = {name: (0,) * TUPLES[name] if name in TUPLES else np.float32(0) for name in Arguments._fields}
-    _, kinds = launch.packed(Arguments(**numbers))
+    _, kinds = launch.packed(numbers)
     assert [PTX[kind] for kind in kinds] == gate.parameters(text)
     assert build.entry(text).startswith("_Z")

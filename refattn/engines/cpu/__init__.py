@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn import unread
+from refattn import pullback
 from refattn.engines.cpu import adjoint, fast, score, skipping
 from refattn.engines.cpu.blocks import in_a_row, on_pages, packed, paged_alone, stored
 from refattn.engines.cpu.operands import Operands, converted, prepare, rank4, rows
 from refattn.engines.cpu.pool import spread
 from refattn.engines.cpu.storage import finite, narrowed, storage_of, widened
-from refattn.errors import ShapeError, Unsupported
-from refattn.plan import Dense, Score, Slope, Table, keys, leaves, map_leaves
+from refattn.errors import ShapeError
+from refattn.plan import Dense, Score, Slope, Table, keys
 from refattn.problem import Problem
 from refattn.scoring import differences
 from refattn.spec import Outputs
-from refattn.tape import Tape, Variable
 from refattn.unpack import unpacked
 
 name = "cpu"
@@ -76,29 +75,18 @@ def vjp(
     Unsupported
         The plan has not the gradients of the variant's text.
     """
-    if wrt and problem.no_gradient is not None:
-        raise Unsupported(f"engine 'cpu' has no gradients of this {problem.spec.variant}: {problem.no_gradient}")
-    kind, tape = _kind(problem), Tape()
-    real, own = problem.real_inputs(), set(wrt) & set("qkv")
-    inputs = {n: tape.variable(real[n].astype(np.float64, copy=False)) for n in wrt if n not in own}
-    # Where q, k and v are the plan's own, their cotangents are the gradients.
-    taped: Any = unread.plan(problem, inputs)
-    if taped is None or (packed(taped) and not paged_alone(taped)):
-        x, own = problem.lift(np.asarray), set()
-        inputs = {n: tape.variable(x[n]) for n in wrt}
-        lowered: Any = problem.lowered(x | inputs)
-        taped = unpacked(lowered)
-    plan = map_leaves(taped, lambda leaf: getattr(leaf, "value", leaf))
-    found = _saved(outputs or {}, plan, kind) or _outputs(plan, plan.q, plan.k, plan.v, kind)
-    wanted = {n: leaf for n, leaf in leaves(taped).items() if isinstance(leaf, Variable)}
-    row = in_a_row(plan, plan.k, plan.v) if packed(plan) else plan
-    gradients = _gradients(row, kind, found, cotangents, own | set(wanted))
-    if plan.pages is not None and plan.lengths is not None:
-        pages = plan.k.shape[0], plan.k.shape[2], plan.pages, plan.lengths[1]
-        gradients |= {n: on_pages(*pages, gradients[n]) for n in own & {"k", "v"}}
-    pairs = [(leaf, gradients[n].astype(np.float64) if leaf.parents else gradients[n]) for n, leaf in wanted.items()]
-    carried = dict(zip(inputs, tape.gradients(pairs, list(inputs.values())), strict=True))
-    return Outputs(found | {f"d{n}": gradients[n] if n in own else carried[n] for n in wrt})
+    kind = _kind(problem)
+
+    def find(plan: Score, wanted: set[str]) -> tuple[Any, Any]:
+        found = _saved(outputs or {}, plan, kind) or _outputs(plan, plan.q, plan.k, plan.v, kind)
+        row = in_a_row(plan, plan.k, plan.v) if packed(plan) else plan
+        gradients = _gradients(row, kind, found, cotangents, wanted)
+        if plan.pages is not None and plan.lengths is not None:
+            pages = plan.k.shape[0], plan.k.shape[2], plan.pages, plan.lengths[1]
+            gradients |= {n: on_pages(*pages, gradients[n]) for n in wanted & {"k", "v"}}
+        return found, gradients
+
+    return pullback.gradients(problem, wrt, find, name, paged_alone)
 
 
 def _kind(problem: Problem) -> type[np.floating[Any]]:

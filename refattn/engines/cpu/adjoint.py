@@ -14,6 +14,7 @@ from refattn.engines.cpu.pool import spread, together
 from refattn.engines.cpu.skipping import norms
 from refattn.engines.cpu.work import KEYS, Array, Arrays, scratch
 from refattn.plan import Dense, Score, Slope, Table
+from refattn.pullback import of_sink
 from refattn.scoring import differences
 
 _TASKS = 8  # at least, where there are so many tiles of keys: fewer heads are shared out
@@ -122,7 +123,7 @@ def _of_tiles(
         return None
     found |= {"q": _summed(dq), "k": dk, "v": dv}
     if "sink" in wanted:
-        found["sink"] = _of_sink(plan.sink, given)
+        found["sink"] = of_sink(plan.sink, given.out, given.lse, given.dout, given.dlse)
     for name, bias in biases.items():
         if isinstance(bias, Slope):
             found[name] = slope.sum((0, 1, 3))
@@ -151,14 +152,6 @@ def _shares(heads: int, tiles: int, size: int) -> tuple[int, int]:
     """
     shares = max(1, min(-(-_TASKS // heads), 1 + _BUFFERS // max(size, 1), tiles))
     return shares, _STEP if shares == 1 else max(1, min(_STEP, tiles // (2 * shares)))
-
-
-def _of_sink(sink: Array, given: Pass) -> Array:
-    """−Σ exp(sink − lse) δ of each head, in float64; 0 for a sink of −∞, which is none."""
-    delta = (given.dout * given.out).sum(-1, dtype=np.float64) - given.dlse
-    level = np.where(np.isneginf(given.lse), 0.0, given.lse)
-    weight = np.exp(np.asarray(sink, np.float64)[:, None] - level)
-    return np.asarray(-np.where(np.isneginf(sink)[:, None], 0.0, weight * delta).sum((0, 2)))
 
 
 def _summed(parts: Array) -> Array:

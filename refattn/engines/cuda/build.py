@@ -14,8 +14,8 @@ from numba import cuda
 from numba.core import types as numba_types
 
 from refattn.engines.cuda import ptx
-from refattn.engines.cuda.kernels import decode, forward
-from refattn.engines.cuda.kernels.form import Arguments, Form
+from refattn.engines.cuda.kernels.form import Form
+from refattn.engines.cuda.kernels.roles import ROLES
 from refattn.errors import StorageError
 from refattn.files import write
 
@@ -28,39 +28,36 @@ _F32, _I32, _I64 = types.float32, types.int32, types.int64
 _STORED = {"float32": _F32, "bfloat16": types.uint16, "float16": types.uint16}
 
 
-def kind(form: Form) -> Any:
-    """The type of a kernel's `Arguments`."""
+def kinds(name: str, form: Form) -> list[Any]:
+    """The types of what a kernel takes."""
     stored, floats = types.CPointer(_STORED[form.storage]), types.CPointer(_F32)
     ints, three, four = types.CPointer(_I32), types.UniTuple(_I64, 3), types.UniTuple(_I64, 4)
-    fields = dict.fromkeys(("q", "k", "v", "out"), stored) | ({"out": floats} if form.split else {})
-    fields |= dict.fromkeys(("lse", "slopes", "sink", "table", "dense"), floats)
+    fields = dict.fromkeys(("q", "k", "v", "out", "dout"), stored)
+    fields |= {"out": floats} if form.split and name == "forward" else {}
+    fields |= dict.fromkeys(("lse", "slopes", "sink", "table", "dense", "outs", "lses"), floats)
+    fields |= dict.fromkeys(("level", "less", "dq", "dk", "dv", "slope", "memory", "weight", "transition"), floats)
     fields |= {"mask": types.CPointer(types.uint8)}
     fields |= dict.fromkeys(("heads", "share", "lq", "lk", "columns", "zero", "splits", "page", "entries"), _I32)
-    fields |= dict.fromkeys(("q_strides", "k_strides", "v_strides"), three)
+    fields |= dict.fromkeys(("q_strides", "k_strides", "v_strides", "dout_strides"), three)
     fields |= dict.fromkeys(("dense_strides", "mask_strides"), four)
-    fields |= {"at_strides": types.UniTuple(_I32, 4), "span": types.UniTuple(_I32, 2), "unit": _F32}
-    fields |= {"cap": types.UniTuple(_F32, 2)}
-    return types.NamedTuple([fields.get(name, ints) for name in Arguments._fields], Arguments)
+    fields |= {"at_strides": types.UniTuple(_I32, 4), "span": types.UniTuple(_I32, 2)}
+    fields |= {"cap": types.UniTuple(_F32, 2), "segment": _I32}
+    fields |= dict.fromkeys(("unit", "scale", "clamp", "add"), _F32)
+    return [types.NamedTuple([fields.get(n, ints) for n in t._fields], t) for t in ROLES[name].takes]
 
 
 def compiled(name: str, form: Form) -> str:
-    """PTX of the kernel "forward" or "combine" of a form; 5 to 10 seconds, nearly all of them numba's."""
-    signature = types.void(kind(form) if name == "forward" else _kind_of_parts(form))
+    """PTX of a kernel of that name and form; 5 to 10 seconds, nearly all of them numba's."""
+    signature = types.void(*kinds(name, form))
     options = {"device": False, "abi": "numba", "cc": LEAST, "launch_bounds": (form.threads, BLOCKS)}
-    made = forward.make(ptx, form).run if name == "forward" else decode.make(ptx, form)
     compiler: Any = cuda
-    code, _ = compiler.compile(made, signature, **options)
+    code, _ = compiler.compile(ROLES[name].make(ptx, form).run, signature, **options)
     return code.decode() if isinstance(code, bytes) else str(code)
-
-
-def _kind_of_parts(form: Form) -> Any:
-    floats = types.CPointer(_F32)
-    return types.NamedTuple([floats, floats, types.CPointer(_STORED[form.storage]), floats, _I32], decode.Parts)
 
 
 def words(name: str, form: Form) -> int:
     """Words of shared memory that a kernel needs."""
-    return forward.make(ptx, form).words if name == "forward" else 0
+    return int(ROLES[name].make(ptx, form).words)
 
 
 def kept(name: str, form: Form) -> str:

@@ -18,8 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from refattn.engines.cuda.kernels.form import Form, padded, tiled
+from refattn.engines.cuda.kernels.form import Form, chunked, padded, squared, tiled
 
+BACKWARD = ("rows", "keys")
 ARCHITECTURES = ("sm_80", "sm_90")
 NIGHTLY = (*ARCHITECTURES, "sm_90a", "sm_100", "sm_120")
 
@@ -54,13 +55,15 @@ FORMS = dict(
         _form("bfloat16", 128, 128, positions=True, split=True, paged=True),
         _form("float32", 128, 128, split=True, paged=True, **_ALL),
         _form("bfloat16", 128, 128, split=True, paged=True, **_ALL),
-        _form("float32", 128, 128, split=True),
-        _form("bfloat16", 128, 128, positions=True, split=True),
-        _form("bfloat16", 128, 128, positions=True, split=True, paged=True),
-        _form("float32", 128, 128, split=True, paged=True, **_ALL),
-        _form("bfloat16", 128, 128, split=True, paged=True, **_ALL),
     ]
 )
+
+MEMORIES = {
+    "64 features": chunked(64, 64, divided=True),
+    "128 features, delta rule": chunked(128, 128, divided=True, delta=True, weighed=True),
+    "512 features, moved": chunked(512, 64, moved=True),
+    "150 features, everything": chunked(150, 33, divided=True, delta=True, weighed=True, moved=True),
+}
 
 
 class Code(NamedTuple):
@@ -99,27 +102,36 @@ def machine_code(text: str, architecture: str) -> Code:
     return Code(int(registers[1]) if registers else 0, stack, stores + loads, found)
 
 
-def faults(form: Form, code: Code, *, products: bool = True) -> list[str]:
-    """What is wrong with the machine code of a form's kernel, one with the products of its tiles or without."""
+def faults(form: Form, code: Code, name: str = "forward") -> list[str]:
+    """What is wrong with the machine code of a form's kernel of that name."""
     found = [f"{code.stack} bytes of stack"] if code.stack else []
     if code.spills:
         found.append(f"{code.spills} bytes of spills")
     spread = Counter({name.partition(".")[0]: 0 for name in code.instructions})
-    for name, count in code.instructions.items():
-        spread[name.partition(".")[0]] += count
-    wide = [name for name in code.instructions if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|.*\bF64\b", name)]
+    for kind, count in code.instructions.items():
+        spread[kind.partition(".")[0]] += count
+    wide = [kind for kind in code.instructions if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|.*\bF64\b", kind)]
     if wide:
         found.append(f"float64: {', '.join(wide)}")
-    for name in ("LDL", "STL"):
-        if spread[name]:
-            found.append(f"{spread[name]} {name}")
-    each = padded(form.depth, 16) // 16 + padded(form.width, 16) // 16
-    expected = form.keys // 8 * each if products and form.storage != "float32" else 0
+    found += [f"{spread[memory]} {memory}" for memory in ("LDL", "STL") if spread[memory]]
+    expected = products(name, form)
     if spread["HMMA"] != expected:
         found.append(f"{spread['HMMA']} HMMA instead of {expected}")
-    if products and form.wide and not code.instructions["LDGSTS.E.BYPASS.128"]:
+    if name != "combine" and form.wide and not code.instructions["LDGSTS.E.BYPASS.128"]:
         found.append("no asynchronous copies of 16 bytes")
     return found
+
+
+def products(name: str, form: Form) -> int:
+    """The tensor-core instructions, each 16×16 by 16×8, of a warp's 16 rows and one tile that they meet."""
+    if form.storage == "float32" or name == "combine":
+        return 0
+    met, deep, wide = form.rows if name == "keys" else form.keys, padded(form.depth, 16), padded(form.width, 16)
+    if name == "forward":
+        return met * (deep + wide) // 128
+    # Columns beyond those of a gradient are never written, and so not computed.
+    columns = padded(form.depth, 8) + (padded(form.width, 8) if name == "keys" else 0)
+    return met * (deep + wide + columns) // 128
 
 
 def parameters(text: str) -> list[str]:
@@ -147,13 +159,16 @@ def main(architectures: tuple[str, ...]) -> int:
     bad = 0
     kernels = [(name, "forward", form) for name, form in FORMS.items()]
     kernels += [(f"joins the parts of {name}", "combine", form) for name, form in FORMS.items() if form.split]
+    whole = [(name, form) for name, form in FORMS.items() if not form.split]
+    kernels += [(f"backward, {role}: {name}", role, squared(form, role)) for name, form in whole for role in BACKWARD]
+    kernels += [(f"memory of {name}", "recur", form) for name, form in MEMORIES.items()]
     for told, name, form in kernels:
         start = time.perf_counter()
         text = build.compiled(name, form)
         seconds = time.perf_counter() - start
         for architecture in architectures:
             code = machine_code(text, architecture)
-            wrong = faults(form, code, products=name == "forward")
+            wrong = faults(form, code, name)
             bad += bool(wrong)
             count = sum(n for kind, n in code.instructions.items() if kind.startswith("HMMA"))
             print(

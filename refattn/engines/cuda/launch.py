@@ -74,8 +74,12 @@ class Session:
         self.places: dict[int, tuple[NDArray[Any], int]] = {}
         self.blocks: list[int] = []
 
-    def run(self, name: str, form: Form, x: Any, grid: tuple[int, int, int], blank: Sequence[str] = ()) -> None:
-        """Launches the kernel of that name and form with arrays of the host or `Device`s; what is blank is not copied.
+    def run(
+        self, name: str, form: Form, given: tuple[Any, ...], grid: tuple[int, int, int], blank: Sequence[str] = ()
+    ) -> None:
+        """Launches the kernel of that name and form with named tuples of numbers, arrays of the host and `Device`s.
+
+        What is blank is not copied there.
 
         Raises
         ------
@@ -83,9 +87,10 @@ class Session:
             Too little memory or shared memory, too old a device, or what else the driver tells.
         """
         kernel = loaded(name, form, self.device)
-        host = {n: a for n, a in x._asdict().items() if isinstance(a, np.ndarray)}
+        whole = {n: a for x in given for n, a in x._asdict().items()}
+        host = {n: a for n, a in whole.items() if isinstance(a, np.ndarray)}
         self._place({n: a for n, a in host.items() if id(a) not in self.places}, blank)
-        values, kinds = packed(x._replace(**{n: self.places[id(a)][1] for n, a in host.items()}))
+        values, kinds = packed(whole | {n: self.places[id(a)][1] for n, a in host.items()})
         size, stream = 4 * kernel.words, self.stream
         done = self.driver.cuLaunchKernel(kernel.function, *grid, form.threads, 1, 1, size, stream, (values, kinds), 0)
         _check(self.driver, done, f"a launch with {size} bytes of shared memory on device {self.device}")
@@ -138,11 +143,11 @@ def session(device: int = 0, stream: int = _LEGACY_STREAM) -> Iterator[Session]:
         driver.cuCtxPopCurrent()
 
 
-def packed(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The numbers that a kernel's parameters are, tuples taken apart, and their C types."""
+def packed(x: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The numbers that a kernel's parameters are, tuples taken apart, and their C types; by their names."""
     values: list[Any] = []
     kinds: list[Any] = []
-    for name, value in x._asdict().items():
+    for name, value in x.items():
         kind = _KINDS.get(name, ctypes.c_void_p)
         for part in value if isinstance(value, tuple) else (value,):
             values.append(part.address if isinstance(part, Device) else float(part) if kind is _F32 else int(part))
@@ -151,10 +156,10 @@ def packed(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 _I32, _I64, _F32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_float
-_NUMBERS = ["heads", "share", "lq", "lk", "columns", "zero", "splits", "page", "entries", "at_strides", "span"]
+_NUMBERS = "heads share lq lk columns zero splits page entries segment at_strides span".split()
 _KINDS: dict[str, Any] = dict.fromkeys(_NUMBERS, _I32)
-_KINDS |= dict.fromkeys(("q_strides", "k_strides", "v_strides", "dense_strides", "mask_strides"), _I64)
-_KINDS |= dict.fromkeys(("unit", "cap"), _F32)
+_KINDS |= dict.fromkeys(("q_strides", "k_strides", "v_strides", "dout_strides", "dense_strides", "mask_strides"), _I64)
+_KINDS |= dict.fromkeys(("unit", "cap", "scale", "clamp", "add"), _F32)
 
 
 @cache

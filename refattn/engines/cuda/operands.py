@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn.engines.cuda.kernels import decode
+from refattn.engines.cuda.kernels.cotangents import Cotangents
 from refattn.engines.cuda.kernels.form import Arguments, Form, tiled
 from refattn.plan import Dense, Score, Slope, Table, keys
 from refattn.scoring import differences, span, summed
@@ -146,6 +147,24 @@ def _still(plan: Score, form: Form) -> Arguments:
         pages=np.zeros(0, np.int32) if plan.pages is None else np.array(plan.pages, np.int32, order="C"),
         page=1,
         entries=0 if plan.pages is None else plan.pages.shape[1],
+    )
+
+
+def cotangents(
+    plan: Score, dout: Any, out: Array, lse: Array, dlse: Array, dq: Any, dk: Any, dv: Any, slope: Any
+) -> Cotangents:
+    """What the backward kernels are given beside `arguments`; out, lse and dlse float32, dout as q is stored."""
+    less = (np.asarray(dout, np.float64) * out).sum(-1) - dlse
+    return Cotangents(
+        dout=dout,
+        level=np.where(np.isneginf(lse), np.float32(np.inf), _in_base_2(lse)),
+        less=less.astype(np.float32),
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        slope=slope,
+        dout_strides=steps(dout),
+        scale=np.float32(plan.scale),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refattn.engines.cuda.kernels.form import Form
+from refattn.engines.cuda.kernels.forward import Kernel
 
 F = np.float32
 MOST = 16  # rows that share a key head: a tile of tensor cores
@@ -32,7 +33,7 @@ class Parts(NamedTuple):
     splits: Any
 
 
-def make(ops: Any, form: Form) -> Any:
+def make(ops: Any, form: Form) -> Kernel:
     """The kernel that puts parts together, of one argument, `Parts`; a block for each row, a thread for each column."""
     width, threads, narrow = form.width, form.threads, form.storage != "float32"
     pack = ops.pack_bf16 if form.storage == "bfloat16" else ops.pack_f16
@@ -60,4 +61,4 @@ def make(ops: Any, form: Form) -> Any:
         if ops.thread() == 0:
             ops.write(x.lse, row, bottom if total == zero else base + ops.log2(total) * ln2)
 
-    return combine
+    return Kernel(combine, 0)

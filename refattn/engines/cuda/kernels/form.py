@@ -14,6 +14,8 @@ class Form(NamedTuple):
     16 bytes. rows, keys: of a tile; threads: of a block, of which `lanes` share the rows of a product in float32.
     positions, segments, mask: whether these hide pairs; slopes, table, dense: which biases there are; softcap.
     split: whether the keys are cut into parts, which `decode` joins; paged: whether they stand in blocks.
+    divided, delta, weighed, moved: of a Recurrent plan, whether it has a weight, the delta rule, a weight always
+    written, a transition.
     """
 
     depth: int
@@ -33,6 +35,10 @@ class Form(NamedTuple):
     softcap: bool = False
     split: bool = False
     paged: bool = False
+    divided: bool = False
+    delta: bool = False
+    weighed: bool = False
+    moved: bool = False
 
     @property
     def placed(self) -> bool:
@@ -100,11 +106,28 @@ def padded(count: int, unit: int) -> int:
     return -(-count // unit) * unit
 
 
+_BUSY = ("mask", "table", "dense", "softcap")  # take registers of each pair
+
+
 def tiled(*, depth: int, width: int, storage: str, **others: bool) -> Form:
     """A form with its tiles: what its scores and outputs leave of 255 registers is enough, which the gate checks."""
-    busy = any(others.get(name) for name in ("mask", "table", "dense", "softcap"))
+    busy = any(others.get(name) for name in _BUSY)
     deep = storage == "float32" and max(depth, width) > 64
     rows, keys = 32 if busy and deep else 64, 32 if busy or deep else 64
     if others.get("split"):
         return Form(depth, width, storage, rows=16, keys=keys, threads=64 if busy and deep else 32, **others)
     return Form(depth, width, storage, rows=rows, keys=keys, threads=128, **others)
+
+
+def squared(form: Form, name: str) -> Form:
+    """The form with tiles for the backward kernel "rows" or "keys": those it keeps, and those that it meets."""
+    deep, busy = max(form.depth, form.width) > 64, any(getattr(form, option) for option in _BUSY)
+    own, met = (32 if deep else 64, 32) if form.storage == "float32" else (64, 16 if deep and busy else 32)
+    return form._replace(rows=own, keys=met) if name == "rows" else form._replace(rows=met, keys=own)
+
+
+def chunked(features: int, width: int, **options: bool) -> Form:
+    """The form of a Recurrent plan: chunks of 32 rows and columns, of 16 where there are many features."""
+    size, lanes = 32 if features <= 256 else 16, 16 if features <= 64 else 32
+    wide = features % 4 == 0
+    return Form(features, width, "float32", wide=wide, rows=size, keys=size, threads=128, lanes=lanes, **options)

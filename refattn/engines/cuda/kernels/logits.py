@@ -16,6 +16,7 @@ F = np.float32
 class Logits(NamedTuple):
     """Device functions."""
 
+    tanh: Any
     place: Any
     part: Any
     scaled: Any
@@ -106,7 +107,7 @@ def make(ops: Any, form: Form, product: Product) -> Logits:
                     m, away = score(r, c), key_place - places[r]
                     s[m] = masked(x, b, heads[r], rows[r], parts[r], j, key_part, away, s[m])
 
-    return Logits(place, part, scaled, biased, masked, turn)
+    return Logits(tanh, place, part, scaled, biased, masked, turn)
 
 
 def _tanh(ops: Any) -> Any:

@@ -5,6 +5,7 @@ below it, columns 2 (lane % 4) and the next of every 8. So weights are operands 
 Rows of shared memory are 16 bytes longer than their numbers: the 8 rows that ldmatrix reads at a time lie in different
 banks, for any depth, which no exclusive or of addresses does for one that is not a multiple of 64.
 """
+# ruff: noqa: PLR0915  a factory holds what its kernel closes over
 
 from __future__ import annotations
 
@@ -19,21 +20,23 @@ from refattn.engines.cuda.kernels.product import Product
 F = np.float32
 
 
-def make(ops: Any, form: Form) -> Product:
-    """The products of a form in bfloat16 or float16."""
+def make(ops: Any, form: Form, base: int | None = None) -> Product:
+    """The products of a form in bfloat16 or float16; `base` as in `simt`."""
     keys, threads = form.keys, form.threads
     split, brain = form.split, form.storage == "bfloat16"
     mma, pack = (ops.mma_bf16, ops.pack_bf16) if brain else (ops.mma_f16, ops.pack_f16)
     exponent, unity = (0x7F80, 0x3F80) if brain else (0x7C00, 0x3C00)
     stride, v_stride = padded(form.depth, 16) // 2 + 4, padded(form.width, 16) // 2 + 4
-    k_word, v_word, words = tiles.places(form.rows * stride, keys * stride, keys * v_stride)
+    q_word, values = base or 0, keys * v_stride if base is None else 0
+    k_word, v_word, words = (q_word + n for n in tiles.places(form.rows * stride, keys * stride, values))
+    v_word = v_word if base is None else k_word
     deep, pairs, v_pairs = (stride - 4) // 8, keys // 16, (v_stride - 4) // 8
     v_columns, v_words, zero, scores = v_stride - 4, keys * v_stride, F(0), keys // 2
 
     @ops.device
     def multiply(s):
         lane, warp = ops.thread() & 31, ops.thread() >> 5
-        q = (16 * warp + (lane & 15)) * stride + 4 * (lane >> 4)
+        q = q_word + (16 * warp + (lane & 15)) * stride + 4 * (lane >> 4)
         k = k_word + ((lane & 7) + 8 * (lane >> 4)) * stride + 4 * (lane >> 3 & 1)
         for n in range(scores):
             s[n] = zero
@@ -83,7 +86,7 @@ def make(ops: Any, form: Form) -> Product:
         ops.write(out, i, x if split else pack(x, zero))
 
     kept = "paged" if form.paged else "plain"
-    fill_q = tiles.make(ops, form, 0, form.rows, form.depth, stride, kind="grouped" if form.split else "plain")
+    fill_q = tiles.make(ops, form, q_word, form.rows, form.depth, stride, kind="grouped" if form.split else "plain")
     fill_k = tiles.make(ops, form, k_word, keys, form.depth, stride, kind=kept)
     fill_v = tiles.make(ops, form, v_word, keys, form.width, v_stride, kind=kept)
     return Product(
