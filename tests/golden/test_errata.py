@@ -97,3 +97,10 @@ def test_a_damaged_record_is_refused_with_the_field(released):
     (released / load.ERRATA).write_text(json.dumps(told | {"released": {NAME: {"tensors": "x"}}}))
     with pytest.raises(GoldenFormatError, match=rf"errata.json, field released.{NAME}"):
         load.read_errata(released)
+
+
+@pytest.mark.parametrize("of", ["core", "large"])
+def test_the_committed_suites_are_what_was_released(of):
+    committed = load.folder_of_suite(of)
+    assert load.read_errata(committed)["released"]
+    assert list(errata.broken(committed)) == []

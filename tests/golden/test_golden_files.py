@@ -107,8 +107,9 @@ def test_a_case_has_the_committed_bytes_each_time(case):
 def test_the_schema_is_one_and_every_committed_file_obeys_it():
     schema = read_json(load.Path(load.__file__).with_name("schema.json"))
     jsonschema.Draft202012Validator.check_schema(schema)
-    for path in sorted(COMMITTED.rglob("*.json")):
-        part = "index" if path.name == load.INDEX else "case"
+    parts = {load.INDEX: "index", load.ERRATA: "errata"}
+    for path in sorted([*COMMITTED.rglob("*.json"), *load.folder_of_suite(load.LARGE).rglob("*.json")]):
+        part = parts.get(path.name, "case")
         data = read_json(path)
         jsonschema.Draft202012Validator(schema | {"$ref": f"#/$defs/{part}"}).validate(data)
         assert json_bytes(data) == path.read_bytes()
