@@ -15,7 +15,7 @@ class Form(NamedTuple):
     positions, segments, mask: whether these hide pairs; slopes, table, dense: which biases there are; softcap.
     split: whether the keys are cut into parts, which `decode` joins; paged: whether they stand in blocks.
     divided, delta, weighed, moved: of a Recurrent plan, whether it has a weight, the delta rule, a weight always
-    written, a transition.
+    written, a transition. tabled: of a backward pass, whether it gives the cotangent of a table.
     """
 
     depth: int
@@ -39,6 +39,7 @@ class Form(NamedTuple):
     delta: bool = False
     weighed: bool = False
     moved: bool = False
+    tabled: bool = False
 
     @property
     def placed(self) -> bool:
