@@ -82,7 +82,7 @@ def _launch(plan: Score, given: Pass, found: tuple[Array, ...], tabled: bool) ->
     tiles = {"rows": -(-q.shape[2] // forms["rows"].rows), "keys": -(-k.shape[2] // forms["keys"].keys)}
     heads = {"rows": q.shape[1], "keys": k.shape[1]}
     sums = np.zeros((*q.shape[:2], tiles["rows"], differences(plan)[1]) if tabled else 0, np.float32)
-    y = operands.cotangents(plan, given.dout, given.out, given.lse, given.dlse, *found, sums)
+    y = operands.cotangents(plan, given.dout, given.out, given.lse, given.dlse, *(*found, sums))
     with launch.session() as there:
         for name, form in forms.items():
             x = operands.arguments(plan, form, q, k, v, *none)

@@ -161,7 +161,10 @@ def main(architectures: tuple[str, ...]) -> int:
     for name, form in FORMS.items():
         if not form.split:
             rows, keys = (squared(form, role) for role in ("rows", "keys"))
-            kernels += [(f"dq of {name}", "rows", rows._replace(tabled=form.table)), (f"dk, dv of {name}", "keys", keys)]
+            kernels += [
+                (f"dq of {name}", "rows", rows._replace(tabled=form.table)),
+                (f"dk, dv of {name}", "keys", keys),
+            ]
     kernels += [(f"memory of {name}", "recur", form) for name, form in MEMORIES.items()]
     for told, name, form in kernels:
         start = time.perf_counter()

@@ -39,9 +39,8 @@ def make_rows(ops: Any, form: Form) -> Kernel:
     near_q, near_k, near_multiply, accumulate = near.fill_q, near.fill_k, near.multiply, near.accumulate
     far_q, far_k, far_multiply = far.fill_q, far.fill_k, far.multiply
     scores, outputs, zero, none = tall * near.broad, tall * near.wide, F(0), F(np.inf)
-    tabled, words, tabulate = form.tabled, far.words, None
-    if tabled:
-        tabulate, words = _tabling(ops, form, near, far.words)
+    tabled = form.tabled
+    tabulate, words = _tabling(ops, form, near, far.words)
 
     def of_rows(x, y):
         t, h, b = ops.block(0), ops.block(1), ops.block(2)
@@ -98,7 +97,7 @@ def make_rows(ops: Any, form: Form) -> Kernel:
                 if leads() and first + row(r) < x.lq:
                     ops.write(ops.past(y.slope, start), first + row(r), whole)
 
-    return Kernel(of_rows, words)
+    return Kernel(of_rows, words if tabled else far.words)
 
 
 def _tabling(ops: Any, form: Form, product: Product, word: int) -> tuple[Any, int]:
