@@ -104,7 +104,7 @@ class Driver:
     def arguments(self, name, form, values, kinds):
         """The parameters put together again, pointers as those of the simulator."""
         given, found = list(zip(values, kinds, strict=True)), []
-        floats = "lse slopes sink table dense outs lses level less dq dk dv slope memory weight transition".split()
+        floats = "lse slopes sink table dense outs lses level less dq dk dv slope sums memory weight transition".split()
         types = dict.fromkeys(floats, np.float32) | {"mask": np.uint8}
         stored = np.float32 if form.storage == "float32" else np.uint16
         types |= dict.fromkeys(("q", "k", "v", "dout"), stored)

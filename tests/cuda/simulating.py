@@ -4,6 +4,7 @@ import numpy as np
 
 from refattn.engines.cuda import memory, operands, sim, simulator
 from refattn.engines.cuda.kernels import backward, decode, forward, recurrent
+from refattn.scoring import differences
 
 # Tiles and blocks small enough that a few rows and keys make several of each.
 SMALL = {"float32": {"rows": 8, "keys": 4, "threads": 32, "lanes": 4}}
@@ -48,10 +49,13 @@ def gradients(plan, q, k, v, given, *, seed=0, ops=sim, wide=False, limit=30.0, 
     """Dq, dk, dv and the sums of a slope, which hold NaN where nothing was written; given: dout, out, lse, dlse."""
     batch, heads, _, _ = q.shape
     found = [np.full(a.shape, np.nan, np.float32) for a in (q, k, v, given[2])]
+    size = (SQUARE[q.dtype.name] | tile)["rows"]
+    found.append(np.zeros((batch, heads, -(-q.shape[2] // size), differences(plan)[1]), np.float32))
     y = operands.cotangents(plan, *given, *found)
     y = type(y)(*(pointer(a) if isinstance(a, np.ndarray) else a for a in y))
     for make, kernel in ((backward.make_rows, "rows"), (backward.make_keys, "keys")):
-        form = operands.form_of(plan, q.dtype.name, wide)._replace(**SQUARE[q.dtype.name] | tile)
+        form = operands.form_of(plan, q.dtype.name, wide)
+        form = form._replace(tabled=form.table, **SQUARE[q.dtype.name] | tile)
         x = operands.arguments(plan, form, q, k, v, np.zeros(0, q.dtype), np.zeros(0, np.float32))
         x = type(x)(*(pointer(a) if isinstance(a, np.ndarray) else a for a in x))
         made = make(ops, form)

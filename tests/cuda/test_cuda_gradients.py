@@ -28,7 +28,9 @@ def given(rng, dtype=np.float32, lq=5, lk=7, d=4):
     return {n: rng.standard_normal(shape).astype(dtype) for n, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("name", ["ragged ALiBi", "sink", "softcap", "positions, learned ALiBi symmetric"])
+@pytest.mark.parametrize(
+    "name", ["ragged ALiBi", "sink", "softcap", "positions, learned ALiBi symmetric", "T5", "T5, positions"]
+)
 def test_gradients_through_the_public_function(name, driver, rng):
     problem = PROBLEMS[name]._replace(sizes=Sizes(B=1, Hq=2, Hkv=1))
     inputs, duals = arrays(problem, rng, np.float32)
@@ -99,6 +101,6 @@ def test_gradients_that_the_engine_has_not(driver, rng):
     dout = {"out": np.ones((1, 2, 5, 4))}
     slopes = {"slopes": np.ones(2, np.float32)}
     spec = ra.SDPA(bias=ra.ALiBi(slopes="learned"), softcap=2.0, causal="bottom_right")
-    with pytest.raises(Unsupported, match="no gradients of slopes under a softcap"):
+    with pytest.raises(Unsupported, match="no gradients of slopes and tables under a softcap"):
         ra.vjp(spec, given(rng) | slopes, dout, **ENGINE)
     ra.vjp(spec, given(rng) | slopes, dout, wrt=("q",), **ENGINE)

@@ -9,9 +9,12 @@ from fake_driver import TUPLES
 
 from refattn.engines.cuda import gate, launch
 from refattn.engines.cuda.gate import FORMS, Code, faults
-from refattn.engines.cuda.kernels.form import Arguments
+from refattn.engines.cuda.kernels.form import chunked, squared, tiled
+from refattn.engines.cuda.kernels.roles import ROLES
 
 PLAIN, TENSOR = FORMS["float32 64 64"], FORMS["bfloat16 128 128"]
+SMALLEST = {"rows": squared(tiled(depth=16, width=16, storage="float16", wide=True), "rows")}
+SMALLEST |= {"recur": chunked(16, 16)}
 GOOD = Counter({"FFMA": 345, "LDGSTS.E.BYPASS.128": 26})
 PTX = {ctypes.c_void_p: "u64", ctypes.c_int64: "u64", ctypes.c_int32: "u32", ctypes.c_float: "f32"}
 
@@ -42,14 +45,17 @@ def test_what_is_missing_is_named_with_its_remedy(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(gate.missing() is not None, reason=str(gate.missing()))
-def test_a_kernel_becomes_the_machine_code_that_its_form_asks():
+@pytest.mark.parametrize("name", ["forward", "combine", "rows", "recur"])
+def test_a_kernel_becomes_the_machine_code_that_its_form_asks(name):
     from refattn.engines.cuda import build
 
-    text = build.compiled("forward", TENSOR)
+    form = SMALLEST.get(name, TENSOR)
+    text = build.compiled(name, form)
     for architecture in gate.ARCHITECTURES:
-        assert faults(TENSOR, gate.machine_code(text, architecture)) == []
+        assert faults(form, gate.machine_code(text, architecture), name) == []
     # What the launcher packs is what the kernel's parameters are.
-    numbers = {name: (0,) * TUPLES[name] if name in TUPLES else np.float32(0) for name in Arguments._fields}
+    fields = [field for taken in ROLES[name].takes for field in taken._fields]
+    numbers = {field: (0,) * TUPLES[field] if field in TUPLES else np.float32(0) for field in fields}
     _, kinds = launch.packed(numbers)
     assert [PTX[kind] for kind in kinds] == gate.parameters(text)
     assert build.entry(text).startswith("_Z")

@@ -99,7 +99,7 @@ def vjp(
     Raises
     ------
     Unsupported
-        Another plan than a Score; tables, dense biases, slopes under a softcap; a row that sees what is not finite.
+        Another plan than a Score; dense biases; slopes and tables under a softcap; a row that sees what is not finite.
     EngineUnavailable, DeviceError, ShapeError
         As `run`; or out or lse in `outputs` has not the shape this problem gives it.
     """

@@ -9,8 +9,9 @@ import numpy as np
 from refattn.engines.cuda import launch, operands
 from refattn.engines.cuda.kernels.form import squared
 from refattn.errors import Unsupported
-from refattn.plan import Score, Slope
+from refattn.plan import Dense, Score, Slope, Table
 from refattn.pullback import of_sink
+from refattn.scoring import differences
 
 Array = Any
 
@@ -33,12 +34,12 @@ def check(plan: Score, wanted: set[str]) -> None:
     Raises
     ------
     Unsupported
-        Those of tables, of dense biases, or of slopes under a softcap.
+        Those of dense biases, or of slopes and tables under a softcap.
     """
     biases = [b for n, b in enumerate(plan.bias) if f"bias.{n}" in wanted]
-    what = "tables and of dense biases" if not all(isinstance(b, Slope) for b in biases) else None
+    what = "dense biases" if any(isinstance(b, Dense) for b in biases) else None
     if what is None and biases and plan.softcap is not None:
-        what = "slopes under a softcap"
+        what = "slopes and tables under a softcap"
     if what is not None:
         raise Unsupported(f"the cuda engine has no gradients of {what}: ask engine='cpu'")
 
@@ -56,28 +57,38 @@ def gradients(plan: Score, given: Pass, wanted: set[str]) -> dict[str, Array]:
     given = _without_unseen(plan, given)
     q, k, v = given.q, given.k, given.v
     dq, dk, dv, slope = (np.zeros(a.shape, np.float32) for a in (q, k, v, given.lse))
+    tables = {f"bias.{n}": b for n, b in enumerate(plan.bias) if isinstance(b, Table) and f"bias.{n}" in wanted}
+    low, count = differences(plan)
+    sums = np.zeros((q.shape[1], count))
     if dq.size and dk.size and dv.size:
-        _launch(plan, given, (dq, dk, dv, slope))
+        sums = _launch(plan, given, (dq, dk, dv, slope), bool(tables))
     found = {"q": dq, "k": dk, "v": dv}
     if "sink" in wanted:
         found["sink"] = of_sink(plan.sink, given.out, given.lse, given.dout.astype(np.float32), given.dlse)
     whole = slope.sum((0, 2), dtype=np.float64)
-    return found | {f"bias.{n}": whole for n, b in enumerate(plan.bias) if isinstance(b, Slope)}
+    found |= {f"bias.{n}": whole for n, b in enumerate(plan.bias) if isinstance(b, Slope)}
+    for name, table in tables.items():
+        found[name] = np.zeros(table.values.shape)
+        found[name][:, low + table.offset : low + table.offset + count] = sums
+    return found
 
 
-def _launch(plan: Score, given: Pass, found: tuple[Array, ...]) -> None:
-    """Dq, dk, dv and the slopes' sums into these arrays."""
+def _launch(plan: Score, given: Pass, found: tuple[Array, ...], tabled: bool) -> Array:
+    """Dq, dk, dv and the slopes' sums into these arrays; the sums of tables by difference, (Hq, n)."""
     q, k, v = given.q, given.k, given.v
-    y = operands.cotangents(plan, given.dout, given.out, given.lse, given.dlse, *found)
     wide = all(a.shape[3] * a.dtype.itemsize % 16 == 0 for a in (q, v))
-    none = np.zeros(0, q.dtype), np.zeros(0, np.float32)
+    none, whole = (np.zeros(0, q.dtype), np.zeros(0, np.float32)), operands.form_of(plan, q.dtype.name, wide)
+    forms = {name: squared(whole, name)._replace(tabled=tabled and name == "rows") for name in ("rows", "keys")}
+    tiles = {"rows": -(-q.shape[2] // forms["rows"].rows), "keys": -(-k.shape[2] // forms["keys"].keys)}
+    heads = {"rows": q.shape[1], "keys": k.shape[1]}
+    sums = np.zeros((*q.shape[:2], tiles["rows"], differences(plan)[1]) if tabled else 0, np.float32)
+    y = operands.cotangents(plan, given.dout, given.out, given.lse, given.dlse, *(*found, sums))
     with launch.session() as there:
-        for name, heads in (("rows", q.shape[1]), ("keys", k.shape[1])):
-            form = squared(operands.form_of(plan, q.dtype.name, wide), name)
+        for name, form in forms.items():
             x = operands.arguments(plan, form, q, k, v, *none)
-            tiles = -(-q.shape[2] // form.rows) if name == "rows" else -(-k.shape[2] // form.keys)
-            there.run(name, form, (x, y), (tiles, heads, q.shape[0]), ("dq", "dk", "dv", "slope"))
-        there.fetch(*found[: 4 if form.slopes else 3])
+            there.run(name, form, (x, y), (tiles[name], heads[name], q.shape[0]), ("dq", "dk", "dv", "slope"))
+        there.fetch(*found[: 4 if whole.slopes else 3], *([sums] if tabled else []))
+    return sums.sum((0, 2), dtype=np.float64) if tabled else sums
 
 
 def _without_unseen(plan: Score, given: Pass) -> Pass:

@@ -35,7 +35,9 @@ def kinds(name: str, form: Form) -> list[Any]:
     fields = dict.fromkeys(("q", "k", "v", "out", "dout"), stored)
     fields |= {"out": floats} if form.split and name == "forward" else {}
     fields |= dict.fromkeys(("lse", "slopes", "sink", "table", "dense", "outs", "lses"), floats)
-    fields |= dict.fromkeys(("level", "less", "dq", "dk", "dv", "slope", "memory", "weight", "transition"), floats)
+    fields |= dict.fromkeys(
+        ("level", "less", "dq", "dk", "dv", "slope", "sums", "memory", "weight", "transition"), floats
+    )
     fields |= {"mask": types.CPointer(types.uint8)}
     fields |= dict.fromkeys(("heads", "share", "lq", "lk", "columns", "zero", "splits", "page", "entries"), _I32)
     fields |= dict.fromkeys(("q_strides", "k_strides", "v_strides", "dout_strides"), three)

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 from refattn.engines.cuda.kernels.form import Form, chunked, padded, squared, tiled
 
-BACKWARD = ("rows", "keys")
 ARCHITECTURES = ("sm_80", "sm_90")
 NIGHTLY = (*ARCHITECTURES, "sm_90a", "sm_100", "sm_120")
 
@@ -159,8 +158,13 @@ def main(architectures: tuple[str, ...]) -> int:
     bad = 0
     kernels = [(name, "forward", form) for name, form in FORMS.items()]
     kernels += [(f"joins the parts of {name}", "combine", form) for name, form in FORMS.items() if form.split]
-    whole = [(name, form) for name, form in FORMS.items() if not form.split]
-    kernels += [(f"backward, {role}: {name}", role, squared(form, role)) for name, form in whole for role in BACKWARD]
+    for name, form in FORMS.items():
+        if not form.split:
+            rows, keys = (squared(form, role) for role in ("rows", "keys"))
+            kernels += [
+                (f"dq of {name}", "rows", rows._replace(tabled=form.table)),
+                (f"dk, dv of {name}", "keys", keys),
+            ]
     kernels += [(f"memory of {name}", "recur", form) for name, form in MEMORIES.items()]
     for told, name, form in kernels:
         start = time.perf_counter()

@@ -18,7 +18,11 @@ MOST = 512  # features, for the sums of more would not fit the registers
 def refuses(plan: Recurrent) -> str | None:
     """What of a plan the kernel has not, as the end of a sentence, or None."""
     features = plan.q.shape[3]
-    return None if 1 <= features <= MOST else f"memories of no features, or of more than {MOST}"
+    if not 1 <= features <= MOST:
+        return f"memories of no features, or of more than {MOST}"
+    if max(features, plan.v.shape[3]) * max(plan.k.shape[2], features) >= 1 << 31:
+        return "so many keys that an index has more than 32 bits"
+    return None
 
 
 def run(plan: Recurrent) -> NDArray[np.float32]:

@@ -151,7 +151,7 @@ def _still(plan: Score, form: Form) -> Arguments:
 
 
 def cotangents(
-    plan: Score, dout: Any, out: Array, lse: Array, dlse: Array, dq: Any, dk: Any, dv: Any, slope: Any
+    plan: Score, dout: Any, out: Array, lse: Array, dlse: Array, dq: Any, dk: Any, dv: Any, slope: Any, sums: Any
 ) -> Cotangents:
     """What the backward kernels are given beside `arguments`; out, lse and dlse float32, dout as q is stored."""
     less = (np.asarray(dout, np.float64) * out).sum(-1) - dlse
@@ -163,6 +163,7 @@ def cotangents(
         dk=dk,
         dv=dv,
         slope=slope,
+        sums=sums,
         dout_strides=steps(dout),
         scale=np.float32(plan.scale),
     )

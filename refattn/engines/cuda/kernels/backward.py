@@ -39,6 +39,8 @@ def make_rows(ops: Any, form: Form) -> Kernel:
     near_q, near_k, near_multiply, accumulate = near.fill_q, near.fill_k, near.multiply, near.accumulate
     far_q, far_k, far_multiply = far.fill_q, far.fill_k, far.multiply
     scores, outputs, zero, none = tall * near.broad, tall * near.wide, F(0), F(np.inf)
+    tabled = form.tabled
+    tabulate, words = _tabling(ops, form, near, far.words)
 
     def of_rows(x, y):
         t, h, b = ops.block(0), ops.block(1), ops.block(2)
@@ -76,6 +78,9 @@ def make_rows(ops: Any, form: Form) -> Kernel:
             weigh(x, b, h, first, n * keys, some, places, parts, levels, lesses, s, d)
             if slopes:
                 steepen(x, b, n * keys, places, d, slope)
+            if tabled:
+                sums = ops.past(y.sums, ((b * x.heads + h) * q_tiles + t) * x.columns)
+                tabulate(x, b, t, n, first, q_tiles, k_tiles, d, sums)
             n = following(x, b, t, n + 1, k_tiles, q_tiles, k_tiles)
             ops.barrier()
             if n < k_tiles:
@@ -92,7 +97,54 @@ def make_rows(ops: Any, form: Form) -> Kernel:
                 if leads() and first + row(r) < x.lq:
                     ops.write(ops.past(y.slope, start), first + row(r), whole)
 
-    return Kernel(of_rows, far.words)
+    return Kernel(of_rows, words if tabled else far.words)
+
+
+def _tabling(ops: Any, form: Form, product: Product, word: int) -> tuple[Any, int]:
+    """`tabulate(x, b, t, n, first, q_tiles, k_tiles, d, sums)`, and where its shared memory from `word` on ends.
+
+    Adds the dS of a tile, which all threads have put beside each other, to the columns of its differences: a thread for
+    each column, so that each sum has one order, whatever the positions are.
+    """
+    tall, broad, row, key, score = product.tall, product.broad, product.row, product.key, product.score
+    rows, keys, threads, zero = form.rows, form.keys, form.threads, F(0)
+    far = 1 << 30  # makes positions, which are within 2^29, more than 0
+    stride, keys_word, rows_word = keys + 1, word + rows * (keys + 1), word + rows * (keys + 1) + keys
+
+    @ops.device
+    def lay(x, b, n, first, d):
+        for r in range(tall):
+            for c in range(broad):
+                ops.put(word + row(r) * stride + key(c), d[score(r, c)])
+        m = ops.thread()
+        while m < keys:
+            j = min(n * keys + m, x.lk - 1)
+            ops.put_bits(keys_word + m, ops.read(x.k_at, b * x.at_strides[2] + j) + far)
+            m += threads
+        m = ops.thread()
+        while m < rows:
+            i = min(first + m, x.lq - 1)
+            ops.put_bits(rows_word + m, ops.read(x.q_at, b * x.at_strides[0] + i) + far)
+            m += threads
+        ops.barrier()
+
+    @ops.device
+    def tabulate(x, b, t, n, first, q_tiles, k_tiles, d, sums):
+        lay(x, b, n, first, d)
+        ends_q, ends_k = 4 * (b * q_tiles + t), 4 * (b * k_tiles + n)
+        column = ops.read(x.k_ends, ends_k) - ops.read(x.q_ends, ends_q + 1) + x.zero + ops.thread()
+        last = ops.read(x.k_ends, ends_k + 1) - ops.read(x.q_ends, ends_q) + x.zero
+        while column <= last:
+            total = zero
+            for r in range(rows):
+                place = ops.get_bits(rows_word + r) + column - x.zero
+                for c in range(keys):
+                    if ops.get_bits(keys_word + c) == place:
+                        total = total + ops.get(word + r * stride + c)
+            ops.write(sums, column, ops.read(sums, column) + total)
+            column += threads
+
+    return tabulate, rows_word + rows
 
 
 def make_keys(ops: Any, form: Form) -> Kernel:

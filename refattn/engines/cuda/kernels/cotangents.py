@@ -18,7 +18,8 @@ class Cotangents(NamedTuple):
     """What a backward kernel is given beside `Arguments`, and what it finds.
 
     dout as q is, with strides. level, less (B,Hq,Lq) float32: lse times log₂e, +∞ where a row sees nothing, and
-    δ = Σ_d dout out − dlse. dq, dk, dv float32 in C order. slope (B,Hq,Lq) float32: −Σ_j dS |r|. scale: of the plan.
+    δ = Σ_d dout out − dlse. dq, dk, dv float32 in C order. slope (B,Hq,Lq) float32: −Σ_j dS |r|. scale: of the
+    plan. sums (B,Hq,tiles of rows,n) float32, 0 at first: those of dS of a tile by the column of the table.
     """
 
     dout: Any
@@ -28,6 +29,7 @@ class Cotangents(NamedTuple):
     dk: Any
     dv: Any
     slope: Any
+    sums: Any
     dout_strides: Any
     scale: Any
 

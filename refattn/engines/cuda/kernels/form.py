@@ -15,7 +15,7 @@ class Form(NamedTuple):
     positions, segments, mask: whether these hide pairs; slopes, table, dense: which biases there are; softcap.
     split: whether the keys are cut into parts, which `decode` joins; paged: whether they stand in blocks.
     divided, delta, weighed, moved: of a Recurrent plan, whether it has a weight, the delta rule, a weight always
-    written, a transition.
+    written, a transition. tabled: of a backward pass, whether it gives the cotangent of a table.
     """
 
     depth: int
@@ -39,6 +39,7 @@ class Form(NamedTuple):
     delta: bool = False
     weighed: bool = False
     moved: bool = False
+    tabled: bool = False
 
     @property
     def placed(self) -> bool:
@@ -122,8 +123,10 @@ def tiled(*, depth: int, width: int, storage: str, **others: bool) -> Form:
 def squared(form: Form, name: str) -> Form:
     """The form with tiles for the backward kernel "rows" or "keys": those it keeps, and those that it meets."""
     deep, busy = max(form.depth, form.width) > 64, any(getattr(form, option) for option in _BUSY)
-    own, met = (32 if deep else 64, 32) if form.storage == "float32" else (64, 16 if deep and busy else 32)
-    return form._replace(rows=own, keys=met) if name == "rows" else form._replace(rows=met, keys=own)
+    own = 32 if deep and form.storage == "float32" else 64
+    if name == "rows":
+        return form._replace(rows=own, keys=32)
+    return form._replace(rows=16 if deep and busy and form.storage != "float32" else 32, keys=own)
 
 
 def chunked(features: int, width: int, **options: bool) -> Form:
