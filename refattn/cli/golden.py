@@ -180,9 +180,9 @@ def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
 
 
 def _print_tallies(tallies: list[Tally]) -> None:
-    """Cases, elements, how each was certified, worst distance, bytes; one row a folder and a total."""
+    """Cases, elements, how each was certified, worst distance, size; one row a folder and a total."""
     table = Table(box=None)
-    for heading in ("group", "cases", "elements", "rounded", "exact", "identity", "NaN", "distance", "bytes"):
+    for heading in ("group", "cases", "elements", "rounded", "exact", "identity", "NaN", "distance", "KiB"):
         table.add_column(heading, justify="left" if heading == "group" else "right")
     groups = sorted({t.name.partition("/")[0] for t in tallies})
     for group in groups:
@@ -208,7 +208,7 @@ def _row(table: Table, group: str, tallies: list[Tally]) -> None:
     worst = max((t.distance for t in tallies), default=0.0)
     table.add_row(
         group, str(len(tallies)), f"{sum(t.elements for t in tallies):,}", *(f"{n:,}" for n in status.values()),
-        f"{worst:.3f}", f"{sum(t.size for t in tallies):,}",
+        f"{worst:.3f}", f"{sum(t.size for t in tallies) / 1024:,.0f}",
     )  # fmt: skip
 
 
