@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 import refattn as ra
+from refattn import api
+from refattn.engines import certified
 from refattn.errors import SpecError, Unsupported
 
 INNER = ("out", "lse", "scores", "probs")
@@ -82,3 +84,11 @@ def test_they_are_asked_by_name_of_engines_and_variants_that_have_them(x):
     plain = {n: x[n] for n in "qkv"} | {"E": np.ones((3, 7)), "F": np.ones((3, 7))}
     with pytest.raises(SpecError, match="want names 'scores'; linformer offers out"):
         ra.evaluate(ra.Linformer(), plain, want=("scores",))
+
+
+def test_the_fast_tiers_leave_scores_to_those_that_have_them(x):
+    problem = api.build(ra.SDPA(), {n: np.round(a * 16) / 16 for n, a in x.items()}, "float32", INNER)
+    fast, slow = (certified.certify(problem, fast=which) for which in (True, False))
+    assert fast.keys() == slow.keys() == set(INNER)
+    for name in INNER:
+        np.testing.assert_array_equal(fast[name].value, slow[name].value)

@@ -50,7 +50,8 @@ class ExactPlan:
 
 def exact_plan(problem: Problem, cotangents: Mapping[str, NDArray[Any]], wrt: Sequence[str]) -> ExactPlan | None:
     """The problem as the tier takes it, or None."""
-    if problem.unplanned is not None or set(problem.outputs) != {"out", "lse"} or (wrt and problem.no_gradient):
+    given = {*problem.outputs, *problem.inner_outputs}
+    if problem.unplanned is not None or given != {"out", "lse"} or (wrt and problem.no_gradient):
         return None
     found = _lowered(problem)
     if found is None or not _known(found[0], problem.inputs):
