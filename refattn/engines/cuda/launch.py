@@ -37,7 +37,8 @@ def needs() -> str | None:
     packages = [name for name in ("numba_cuda", "cuda.bindings") if not _found(name)]
     if packages:
         names = " and ".join(name.replace("_", "-").replace(".", "-") for name in packages)
-        return f"{names}, which is not installed: pip install 'refattn[cuda]' (Linux or Windows, Python 3.11 or newer)"
+        are = "is" if len(packages) == 1 else "are"
+        return f"{names}, which {are} not installed: pip install 'refattn[cuda]' (Linux or Windows, Python 3.11 or newer)"
     try:
         driver = _driver()
         (code,) = driver.cuInit(0)
