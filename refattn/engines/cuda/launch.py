@@ -38,7 +38,8 @@ def needs() -> str | None:
     if packages:
         names = " and ".join(name.replace("_", "-").replace(".", "-") for name in packages)
         are = "is" if len(packages) == 1 else "are"
-        return f"{names}, which {are} not installed: pip install 'refattn[cuda]' (Linux or Windows, Python 3.11 or newer)"
+        how = "pip install 'refattn[cuda]' (Linux or Windows, Python 3.11 or newer)"
+        return f"{names}, which {are} not installed: {how}"
     try:
         driver = _driver()
         (code,) = driver.cuInit(0)
