@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn import api
+from refattn import api, registry
 from refattn.bound import Bounded, BoundSpace
 from refattn.case import NORMAL, Case, as_json
 from refattn.dtypes import format_of, round_up_bfloat16
@@ -20,7 +20,7 @@ from refattn.files import safetensors_bytes
 from refattn.golden import inputs as recipes
 from refattn.golden.condition import condition
 from refattn.golden.store import METADATA, json_bytes
-from refattn.problem import WIDE, Problem
+from refattn.problem import WIDE, Problem, inner_outputs
 from refattn.profiles import PROFILE_OF, PROFILES
 
 SCHEMA = "refattn.golden/1"
@@ -98,8 +98,9 @@ def build(case: Case) -> Built:
 
 def problem_of(case: Case, arrays: Mapping[str, NDArray[Any]]) -> Problem:
     """The checked problem of a case, restricted to its published query rows."""
-    forward = tuple(name for name in case.want if name in ("scores", "probs"))
-    problem = api.build(case.spec, arrays, case.dtype, ("out", *forward), case.history)
+    spec, module = registry.whole(case.spec)
+    inside = [name for name in case.want if name in inner_outputs(module, spec)]
+    problem = api.build(case.spec, arrays, case.dtype, ("out", *inside), case.history)
     return problem if case.rows is None else problem.restricted(case.rows.q)
 
 
