@@ -58,12 +58,11 @@ def broken(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def changed(folder: Path, files: Mapping[str, tuple[bytes, bytes]]) -> list[str]:
-    """Released cases whose files, manifest or tensors, are about to change."""
-    promised = corrected(read_errata(folder))
+    """Released cases whose files, manifest or tensors, are about to change or to go."""
     return [
         name
-        for name, data in files.items()
-        if name in promised and [hashlib.sha256(d).hexdigest() for d in data] != [promised[name][f] for f in FILES]
+        for name, hashes in corrected(read_errata(folder)).items()
+        if [hashlib.sha256(data).hexdigest() for data in files.get(name, ())] != [hashes[file] for file in FILES]
     ]
 
 

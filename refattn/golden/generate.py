@@ -70,7 +70,7 @@ def generate(
     if not erratum:
         for name in errata.changed(folder, finished):
             raise GoldenFormatError(
-                f"{name} was released with other bytes: if those were wrong, say why with --erratum, else keep them"
+                f"{name} was released with other bytes, or is gone: if those were wrong, say why with --erratum"
             )
     publish(folder, finished, of)
     if erratum:

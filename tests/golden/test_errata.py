@@ -50,8 +50,16 @@ def test_a_release_records_every_hash_and_the_next_one_only_what_is_new(released
 def test_released_files_are_not_replaced_without_a_reason(released, monkeypatch):
     before = contents(released)
     differ(monkeypatch, FIRST)
-    with pytest.raises(GoldenFormatError, match=f"{FIRST} was released with other bytes: .* say why with --erratum"):
+    with pytest.raises(GoldenFormatError, match=f"{FIRST} was released with other bytes.* say why with --erratum"):
         generate(released, CASES, 1, nothing)
+    assert contents(released) == before
+
+
+def test_a_released_case_does_not_go_unsaid(released, monkeypatch):
+    monkeypatch.setattr("refattn.golden.generate.cases", lambda of: CASES[:-1])
+    before = contents(released)
+    with pytest.raises(GoldenFormatError, match=f"{NAME} was released with other bytes, or is gone"):
+        generate(released, CASES[:-1], 1, nothing)
     assert contents(released) == before
 
 

@@ -194,8 +194,8 @@ def _checked(name: str, found: Rounded, check: Any, clean: bool, by: NDArray[np.
     if not same.all():
         where = tuple(map(int, np.argwhere(~same)[0]))
         raise RefattnError(
-            f"{name}{list(where)}: balls say {value[where]!r}, float64 says {check.x[where]!r} ± {check.e[where]!r}; "
-            "one of the two arithmetics is wrong, please report this"
+            f"{name}{list(where)}: {TIERS[by[where]]} say {value[where]!r}, "
+            f"float64 says {check.x[where]!r} ± {check.e[where]!r}; one of the two arithmetics is wrong, please report this"
         )
     return Certificate(value, found.nearest, found.status, width, check.x, check.e, by)
 
