@@ -195,7 +195,8 @@ def _checked(name: str, found: Rounded, check: Any, clean: bool, by: NDArray[np.
         where = tuple(map(int, np.argwhere(~same)[0]))
         raise RefattnError(
             f"{name}{list(where)}: {TIERS[by[where]]} say {value[where]!r}, "
-            f"float64 says {check.x[where]!r} ± {check.e[where]!r}; one of the two arithmetics is wrong, please report this"
+            f"float64 says {check.x[where]!r} ± {check.e[where]!r}; "
+            "one of the two arithmetics is wrong, please report this"
         )
     return Certificate(value, found.nearest, found.status, width, check.x, check.e, by)
 
